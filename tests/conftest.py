@@ -6,40 +6,15 @@ Tests import the pack, their helpers and the developer tools alike:
     from palimpsest.inversion import ...
     from palimpsest.tests.helpers.models import ...
 """
-import atexit
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".host" / "comfyui-0.3.75").resolve()
-
-
-def put_host_on_path() -> None:
-    """Make `import comfy` work as it does in the server: arguments parsed, CPU, nothing written to the host's folder."""
-    if not (HOST / "comfy" / "cli_args.py").is_file():
-        pytest.exit(f"No ComfyUI at {HOST}: run `python dev.py test`, or set COMFYUI_PATH to a ComfyUI folder.", 4)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if str(HOST) not in sys.path:
-        sys.path.insert(0, str(HOST))
-    base = tempfile.mkdtemp(prefix="palimpsest-tests-")
-    atexit.register(shutil.rmtree, base, ignore_errors=True)
-    for folder in ("custom_nodes", "input", "output", "temp", "models"):
-        (Path(base) / folder).mkdir()
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
-    # the host reads its arguments once, when cli_args is first imported; pytest's own must not be there then
-    argv, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", base]
-    try:
-        import comfy.cli_args  # noqa: F401
-    finally:
-        sys.argv = argv
 
 
 def register_pack() -> None:
@@ -52,8 +27,24 @@ def register_pack() -> None:
     spec.loader.exec_module(module)
 
 
-put_host_on_path()
 register_pack()
+
+from palimpsest.devtools import hosts  # noqa: E402
+from palimpsest.devtools.inprocess import put_host_on_path  # noqa: E402
+
+try:
+    put_host_on_path(HOST, ["--cpu"])
+except FileNotFoundError as error:
+    pytest.exit(str(error), 4)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-snapshot", action="store_true", help="write tests/server/object_info_snapshot.json anew from the running host")
+
+
+def in_ci() -> bool:
+    """Whether a missing browser or host is a failure and not a reason to skip."""
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +67,47 @@ def oracles() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no oracle tensors at {folder.name if not named else named} (set PALIMPSEST_ORACLES)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The real host with this pack, started once for all tests that are marked `server` or `browser` (see devtools/server.py)."""
+    from palimpsest.devtools.server import Server
+
+    # without the API nodes the page's own content policy keeps the browser off the network
+    with Server(HOST, ["--disable-api-nodes", "--preview-method", "latent2rgb"]) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def oldest_server():
+    """The oldest supported ComfyUI with this pack, started once."""
+    from palimpsest.devtools.server import Server
+
+    folder, overlay = hosts.host_folder(hosts.OLDEST), hosts.overlay_folder()
+    if not folder.is_dir() or not overlay.is_dir():
+        reason = f"ComfyUI {hosts.OLDEST} is not in .host (`python dev.py test` without COMFYUI_PATH gets it)"
+        pytest.fail(reason) if in_ci() and "COMFYUI_PATH" not in os.environ else pytest.skip(reason)
+    with Server(folder, ["--disable-api-nodes"], overlay=overlay) as running:
+        yield running
+
+
+@pytest.fixture
+def keeps_serving(server):
+    """For tests that make the server fail: afterwards it must still answer and run a stock graph to its picture.
+
+    Use as `with keeps_serving() as failed: server.run(bad graph)`; the block must raise GraphError, found in failed.value.
+    """
+    from contextlib import contextmanager
+
+    from palimpsest.devtools.client import GraphError
+    from palimpsest.tests.helpers.stock import stock_graph
+
+    @contextmanager
+    def block():
+        with pytest.raises(GraphError) as failed:
+            yield failed
+        result = server.run(stock_graph())
+        assert server.view(result.images("2")[0]).startswith(b"\x89PNG"), "the server no longer makes pictures after the error"
+
+    return block

@@ -1,0 +1,122 @@
+"""Reading API graphs (workflows/api/*.json): names, the models they need, and what their outputs are for.
+
+An API graph is {node id: {"class_type", "inputs", "_meta"}}; the host ignores `_meta`. We read from it:
+
+    title     as the host's own export writes it. On nodes that put out pictures or text it says what they are:
+              "input", "edit", "input 2", "edit 2: a blue circle", "score" ... (see Role)
+    models    [{"name", "directory", "url"}]: files this loader needs, same shape as properties.models of a canvas node
+    smoke     true: this graph is its method's smoke test on the oldest supported host
+"""
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+API_FOLDER = ROOT / "workflows" / "api"
+# inputs of the host's own loaders and the models/ folder they read
+MODEL_INPUTS = {
+    "ckpt_name": "checkpoints", "lora_name": "loras", "vae_name": "vae", "control_net_name": "controlnet", "unet_name": "diffusion_models",
+    "clip_name": "text_encoders", "clip_name1": "text_encoders", "clip_name2": "text_encoders", "style_model_name": "style_models",
+    "gligen_name": "gligen", "hypernetwork_name": "hypernetworks", "photomaker_model_name": "photomaker",
+}
+TITLE = re.compile(r"^(?P<name>[^:\d]+?)\s*(?P<row>\d+)?\s*(?::\s*(?P<caption>.+))?$", re.S)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a titled output is on the contact sheet: `name` 1..n of the sheet's `row`, with a caption."""
+    name: str
+    row: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A model file that a graph needs and the host has not got."""
+    name: str
+    directory: str
+    url: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} in models/{self.directory}" + (f" (from {self.url})" if self.url else "")
+
+
+def api_graphs(folder: Path = API_FOLDER) -> list[Path]:
+    """Every API graph of the pack, by name."""
+    return sorted(folder.glob("*.json"))
+
+
+def load_graph(path: Path) -> dict:
+    """The nodes of an API graph file. Raises ValueError."""
+    try:
+        graph = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON ({error})") from None
+    return nodes_of(graph)
+
+
+def nodes_of(graph: dict) -> dict:
+    """`graph` if it is an API graph. Raises ValueError for a canvas workflow and anything else."""
+    if not isinstance(graph, dict) or not graph or not all(isinstance(node, dict) and "class_type" in node for node in graph.values()):
+        raise ValueError("this is no API graph (node id -> class_type and inputs): export it with Workflow > Export (API)")
+    return graph
+
+
+def node_name(graph: dict, node_id: str | None) -> str:
+    """A node as people know it: `node 5 (KSampler)` or `node 5 (KSampler "edit")`."""
+    node = graph.get(str(node_id), {})
+    title = title_of(node)
+    kind = node.get("class_type", "unknown")
+    return f"node {node_id} ({kind}" + (f' "{title}")' if title and title != kind else ")")
+
+
+def title_of(node: dict) -> str:
+    return node.get("_meta", {}).get("title", "")
+
+
+def role(node: dict) -> Role:
+    """What a node's output is for, from its title (its class if it has none)."""
+    title = title_of(node) or node["class_type"]
+    match = TITLE.match(title)
+    if not match:
+        return Role(title, 1, "")
+    return Role(match["name"].strip().lower(), int(match["row"] or 1), (match["caption"] or "").strip())
+
+
+def is_smoke(graph: dict) -> bool:
+    """Whether the graph is its method's smoke test."""
+    return any(node.get("_meta", {}).get("smoke") for node in graph.values())
+
+
+def options_of(info: dict, name: str) -> list | None:
+    """Choices of a combo input in a node's /object_info entry, None if it is no combo."""
+    for group in info.get("input", {}).values():
+        if name in group:
+            kind, *rest = group[name]
+            if isinstance(kind, list):
+                return kind
+            return rest[0].get("options") if kind == "COMBO" and rest else None
+    return None
+
+
+def missing_models(graph: dict, object_info: dict, models: list[Path] = ()) -> list[Missing]:
+    """Files the graph names that are not among the host's choices, nor below one of the `models` folders."""
+    missing = []
+    for node in graph.values():
+        declared = {entry["name"]: entry for entry in node.get("_meta", {}).get("models", [])}
+        offered = object_info.get(node["class_type"], {})
+        seen = set()
+        for name, value in node.get("inputs", {}).items():
+            if not isinstance(value, str) or (value not in declared and name not in MODEL_INPUTS):
+                continue
+            seen.add(value)
+            options = options_of(offered, name)
+            if options is not None and value not in options:
+                entry = declared.get(value, {})
+                missing.append(Missing(value, entry.get("directory") or MODEL_INPUTS.get(name, ""), entry.get("url", "")))
+        for name in declared.keys() - seen:
+            entry = declared[name]
+            if not any((folder / entry["directory"] / name).is_file() for folder in models):
+                missing.append(Missing(name, entry["directory"], entry.get("url", "")))
+    return list(dict.fromkeys(missing))
