@@ -1,0 +1,24 @@
+"""Text and pictures on the node itself."""
+
+from __future__ import annotations
+
+import sys
+
+from comfy_api.latest import ui
+
+
+def show(node, text: str, image=None) -> dict:
+    """UI output of a node class `node`: `text` (also in the history of API users), and `image` [B, H, W, 3] as preview.
+
+    The front end draws returned text for its own nodes only, so the text is also sent the way the host's
+    GetImageSize does; without a running server there is nobody to show it to.
+    """
+    server = getattr(sys.modules.get("server"), "PromptServer", None)
+    instance = getattr(server, "instance", None)
+    node_id = node.hidden.unique_id if node.hidden is not None else None
+    if instance is not None and node_id is not None:
+        instance.send_progress_text(text, node_id)
+    output = ui.PreviewText(text).as_dict()
+    if image is not None:
+        output |= ui.PreviewImage(image, cls=node).as_dict()
+    return output
