@@ -30,12 +30,9 @@ def venv_python(venv: Path = VENV) -> Path:
     return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def pins(files: list[Path]) -> str:
-    """Hash of the requirement files and of the Python version: what the stamp holds."""
-    digest = hashlib.sha256(f"{sys.version_info[:2]}".encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+def pins(file: Path) -> str:
+    """Hash of a requirement file: what the stamp holds."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def make_venv(venv: Path = VENV) -> Path:
@@ -54,20 +51,20 @@ def make_venv(venv: Path = VENV) -> Path:
 
 
 def install(python: Path, files: list[Path], stamp: Path) -> None:
-    """Install what `files` name unless the stamp says that it was done. Raises SetupError."""
-    wanted = pins(files)
+    """Install what `files` name, less those that the stamp says were installed unchanged. Raises SetupError."""
     done = set()
     if stamp.is_file():
         try:
             done = set(json.loads(stamp.read_text(encoding="utf-8")))
         except ValueError:
             pass  # half-written by a machine that went down: install again
-    if wanted in done:
+    todo = [file for file in files if pins(file) not in done]
+    if not todo:
         return
     with step("Installing the requirements (the first time about 6 GB)"):
-        listed = [argument for file in files for argument in ("-r", str(file))]
+        listed = [argument for file in todo for argument in ("-r", str(file))]
         pip(python, ["install", *listed], "the requirements", VENV / "setup.log")
-    stamp.write_text(json.dumps(sorted(done | {wanted})), encoding="utf-8")
+    stamp.write_text(json.dumps(sorted(done | set(map(pins, todo)))), encoding="utf-8")
 
 
 def own_requirements(host: Path) -> Path:

@@ -44,8 +44,9 @@ def explain_pip(output: str, what: str, log: Path) -> str:
         return f"The Python package index could not be reached, so {what} could not be installed: check the network or proxy and run the command again."
     missing = NOT_FOUND.search(output)
     if missing:
-        return (f"pip found no {missing.group(1)} for Python {sys.version_info.major}.{sys.version_info.minor} on this system, "
-                f"so {what} could not be installed: use another Python (3.10 or newer).")
+        # "from versions: none" is also all that pip says about a failed connection when its retries are switched off
+        cause = "check the network, or use another Python (3.10 or newer)" if "from versions: none" in output else "use another Python (3.10 or newer)"
+        return f"pip found no {missing.group(1)} for Python {sys.version_info.major}.{sys.version_info.minor} on this system, so {what} could not be installed: {cause}."
     if REFUSED.search(output):
         return f"{what[0].upper() + what[1:]} could not be installed because pip may not write there: check the permissions of the folder (details in {log})."
     return f"pip could not install {what}: read the last lines of {log}."

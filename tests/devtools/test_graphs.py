@@ -1,0 +1,71 @@
+"""Reading API graphs."""
+import json
+
+import pytest
+
+from palimpsest.devtools.graphs import Missing, Role, is_smoke, load_graph, missing_models, node_name, role
+
+INFO = {
+    "CheckpointLoaderSimple": {"input": {"required": {"ckpt_name": [["a.safetensors"], {}]}}},
+    "LoraLoader": {"input": {"required": {"lora_name": ["COMBO", {"options": ["l.safetensors"]}]}}},
+    "Ours": {"input": {"required": {"weights": ["COMBO", {"options": []}]}}},
+}
+
+
+@pytest.mark.parametrize(("title", "expected"), [
+    ("input", Role("input", 1, "")),
+    ("edit 2", Role("edit", 2, "")),
+    ("Edit 12: a blue circle: plain", Role("edit", 12, "a blue circle: plain")),
+    ("film strip", Role("film strip", 1, "")),
+    ("score: PSNR", Role("score", 1, "PSNR")),
+])
+def test_titles_say_what_an_output_is(title, expected):
+    assert role({"class_type": "SaveImage", "_meta": {"title": title}}) == expected
+
+
+def test_an_untitled_output_goes_by_its_class():
+    assert role({"class_type": "SaveImage"}) == Role("saveimage", 1, "")
+
+
+def loader(kind, name, value, **meta):
+    return {"1": {"class_type": kind, "inputs": {name: value}, "_meta": meta}}
+
+
+def test_a_file_that_the_host_offers_is_not_missing():
+    assert missing_models(loader("CheckpointLoaderSimple", "ckpt_name", "a.safetensors"), INFO) == []
+    assert missing_models(loader("LoraLoader", "lora_name", "l.safetensors"), INFO) == []
+
+
+def test_a_missing_file_is_told_with_its_folder():
+    assert missing_models(loader("CheckpointLoaderSimple", "ckpt_name", "b.safetensors"), INFO) == [Missing("b.safetensors", "checkpoints")]
+    assert str(Missing("b.safetensors", "checkpoints")) == "b.safetensors in models/checkpoints"
+
+
+def test_a_declared_file_is_told_with_its_address():
+    entry = {"name": "s.safetensors", "directory": "seecoders", "url": "https://example.org/s.safetensors"}
+    assert missing_models(loader("Ours", "weights", "s.safetensors", models=[entry]), INFO) == [Missing(**entry)]
+
+
+def test_a_declared_file_that_no_input_names_is_looked_for_on_disk(tmp_path):
+    graph = loader("Ours", "weights", 3, models=[{"name": "s.bin", "directory": "seecoders"}])
+    assert missing_models(graph, INFO, [tmp_path]) == [Missing("s.bin", "seecoders")]
+    (tmp_path / "seecoders").mkdir()
+    (tmp_path / "seecoders" / "s.bin").touch()
+    assert missing_models(graph, INFO, [tmp_path]) == []
+
+
+def test_a_canvas_workflow_is_told_apart_from_an_api_graph(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"nodes": [], "links": [], "version": 0.4}))
+    with pytest.raises(ValueError, match=r"Export \(API\)"):
+        load_graph(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json is no JSON"):
+        load_graph(path)
+
+
+def test_names_and_marks():
+    graph = {"5": {"class_type": "KSampler", "inputs": {}, "_meta": {"title": "edit", "smoke": True}}, "6": {"class_type": "VAEDecode", "inputs": {}}}
+    assert node_name(graph, "5") == 'node 5 (KSampler "edit")'
+    assert node_name(graph, "6") == "node 6 (VAEDecode)"
+    assert is_smoke(graph) and not is_smoke({"6": graph["6"]})
