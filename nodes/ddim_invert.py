@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..inversion import filmstrip
+from ..inversion.ddim import CONVENTIONS
 from ..inversion.display import show
 from ..inversion.pictures import to_pictures
 from ..inversion.report import decibel, describe, psnr
@@ -31,22 +32,74 @@ class DDIMInvert(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The SD1.x, SD2.x or SDXL model that will also sample afterwards. Others are refused by name."),
-                io.Latent.Input("latent_image", tooltip="The picture to invert, from VAE Encode; any batch size. A noise mask is carried along to the outputs; the inversion itself covers the whole latent."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="The picture to invert, from VAE Encode; any batch size. A noise mask is carried along to the outputs; "
+                    "the inversion itself covers the whole latent.",
+                ),
                 io.Conditioning.Input("positive", tooltip="A prompt that describes the picture. An empty prompt works too and inverts a little less exactly."),
-                io.Int.Input("steps", default=50, min=1, max=1000, step=1, tooltip="Number of steps, the same as in the sampler afterwards. 20 to 50 is usual; more is more exact and takes longer."),
-                io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="ddim_uniform", tooltip="Noise schedule, the same as in the sampler afterwards. ddim_uniform is the published setting; it keeps the step count exactly when it divides 1000."),
-                io.Float.Input("guidance", default=1.0, min=0.0, max=30.0, step=0.1, round=0.01, tooltip="cfg during the inversion. 1 (recommended, 1 to 1.5 is safe) follows the model itself; above 1 the way back differs and a negative conditioning is needed."),
-                io.Int.Input("iterations", default=2, min=0, max=5, step=1, tooltip="Fixed-point repeats per step, 0 to 5: each costs one more model call per step and makes the way back more exact. 0 is plain DDIM. Stops by itself where it would get worse."),
-                io.Combo.Input("convention", options=["destination", "source"], default="destination", tooltip="Noise level at which the model is asked. destination: the level the step goes to (null-text inversion, diffusers). source: the level it comes from (flipped sigmas, the original Plug-and-Play)."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    step=1,
+                    tooltip="Number of steps, the same as in the sampler afterwards. 20 to 50 is usual; more is more exact and takes longer.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.SCHEDULER_NAMES,
+                    default="ddim_uniform",
+                    tooltip="Noise schedule, the same as in the sampler afterwards. ddim_uniform is the published setting; "
+                    "it keeps the step count exactly when it divides 1000.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="cfg during the inversion, no unit. 1 (recommended) follows the model itself; "
+                    "above 1 the path back differs more and more, and a negative conditioning is needed.",
+                ),
+                io.Int.Input(
+                    "iterations",
+                    default=2,
+                    min=0,
+                    max=5,
+                    step=1,
+                    tooltip="Fixed-point repeats per step, 0 to 5: each costs one more model call per step and makes the way back more exact. "
+                    "0 is plain DDIM. Stops by itself where it would get worse.",
+                ),
+                io.Combo.Input(
+                    "convention",
+                    options=list(CONVENTIONS),
+                    default="destination",
+                    tooltip="Noise level at which the model is asked. destination: the level a step goes to (null-text inversion, diffusers). "
+                    "source: the level it comes from (flipped sigmas, the original Plug-and-Play).",
+                ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Needed only when guidance is not 1."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Your own noise schedule, in the order a sampler takes it; replaces steps and scheduler. It must fall strictly."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Your own noise schedule, in the order a sampler takes it; replaces steps and scheduler. It must fall strictly.",
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the film strip's pictures. Without it they are the host's quick latent previews."),
             ],
             outputs=[
                 io.Latent.Output("noise", display_name="noise", tooltip="The noisiest latent, ready for a sampler with added noise switched off."),
-                TrajectoryType.Output("trajectory", display_name="trajectory", tooltip="All latents of the path with their noise levels, for PnP Injector, Reconstruct Check and Save Trajectory."),
+                TrajectoryType.Output(
+                    "trajectory",
+                    display_name="trajectory",
+                    tooltip="All latents of the path with their noise levels, for PnP Injector, Reconstruct Check and Save Trajectory.",
+                ),
                 io.String.Output("report", display_name="report", tooltip="Steps, exactness, what the refinement gained, and time, as text."),
-                io.Image.Output("film_strip", display_name="film_strip", tooltip="What the model believes the clean picture is (top) and the latent itself (bottom) along the path; one strip per picture of the batch."),
+                io.Image.Output(
+                    "film_strip",
+                    display_name="film_strip",
+                    tooltip="What the model takes the clean picture to be (top) and the latent itself (bottom) along the path; one strip per picture.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -110,7 +163,11 @@ class ReconstructCheck(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the trajectory. LoRA and other patches are allowed, and their effect shows in the result."),
                 TrajectoryType.Input("trajectory", tooltip="From DDIM Invert or Load Trajectory."),
-                io.Conditioning.Input("positive", optional=True, tooltip="Replaces the prompt stored in the trajectory. Another prompt than the inversion's reconstructs less exactly."),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="Replaces the prompt stored in the trajectory. Another prompt than the inversion's reconstructs less exactly.",
+                ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Needed only when the trajectory was made with guidance other than 1."),
                 io.Vae.Input("vae", optional=True, tooltip="Decodes the pictures and adds the PSNR of the picture to the report. Without it they are quick latent previews."),
             ],
@@ -118,7 +175,11 @@ class ReconstructCheck(io.ComfyNode):
                 io.Latent.Output("reconstruction", display_name="reconstruction", tooltip="The reconstructed latent."),
                 io.Image.Output("image", display_name="image", tooltip="The reconstructed picture."),
                 io.String.Output("report", display_name="report", tooltip="PSNR in dB of the latent and, with a VAE, of the picture."),
-                io.Image.Output("comparison", display_name="comparison", tooltip="Inverted picture, reconstruction and their difference (4 times amplified, grey is none), side by side."),
+                io.Image.Output(
+                    "comparison",
+                    display_name="comparison",
+                    tooltip="Inverted picture, reconstruction and their difference (4 times amplified, grey is none), side by side.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

@@ -50,7 +50,11 @@ class SaveTrajectory(io.ComfyNode):
             description="Writes a trajectory to the output folder, so that an inversion is paid once and edited later or on another machine.",
             inputs=[
                 TrajectoryType.Input("trajectory", tooltip="From DDIM Invert."),
-                io.String.Input("filename_prefix", default="trajectories/palimpsest", tooltip="Folder and beginning of the file name below the output folder; a counter is added. %year%, %month%, %day% and the like are filled in."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="trajectories/palimpsest",
+                    tooltip="Folder and beginning of the file name below the output folder; a counter is added. %year%, %month%, %day% and the like are filled in.",
+                ),
             ],
             outputs=[
                 io.String.Output("file", display_name="file", tooltip="Name of the file as Load Trajectory lists it."),
@@ -90,7 +94,11 @@ class LoadTrajectory(io.ComfyNode):
             category="Palimpsest/inversion",
             description="Reads a trajectory written by Save Trajectory. The nodes that use it check that it belongs to the connected model.",
             inputs=[
-                io.Combo.Input("file", options=trajectory_files() or [NO_FILES], tooltip="A trajectory file of the input folder, or of the output folder (marked [output]). Press R to refresh the list."),
+                io.Combo.Input(
+                    "file",
+                    options=trajectory_files() or [NO_FILES],
+                    tooltip="A trajectory file of the input folder, or of the output folder (marked [output]). Press R to refresh the list.",
+                ),
             ],
             outputs=[
                 TrajectoryType.Output("trajectory", display_name="trajectory", tooltip="The stored trajectory with its conditioning and mask."),
