@@ -14,7 +14,7 @@ import uuid
 from numbers import Real
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from .trajectory import Trajectory
 
@@ -107,12 +107,16 @@ def save_trajectory(trajectory: Trajectory, path: str, extra_metadata: dict[str,
         "left_out": json.dumps(skipped),
     }
     folder = os.path.dirname(os.path.abspath(path))
-    # a plain name, not tempfile's: its files are readable by their owner only, and stay so after the move
     temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     try:
         os.makedirs(folder, exist_ok=True)
-        # safetensors refuses tensors that share memory, and conditioning entries often do
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        # clones: safetensors refuses tensors that share memory, and conditioning entries often do
+        data = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata=metadata)
+        # not safetensors' save_file or tempfile: theirs are readable by their owner only, and another worker may be another user
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:
         raise ValueError(f"The trajectory could not be written to {os.path.basename(path)} ({_reason(error)}): check the folder and the free space.") from error
