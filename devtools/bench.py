@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import figures
+from . import figures, readme
 from .inprocess import put_host_on_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,5 +53,6 @@ def main(argv: list[str]) -> int:
         figures.show(found)
         target = ROOT / "output" / f"bench-{name}-quick.json" if options.quick else BENCHMARKS / "results" / f"{name}.json"
         figures.write(target, placed(figures.read(target), found, options.cuda))
+        readme.update()
         print(f"{name} done: {target.relative_to(ROOT).as_posix()}", flush=True)
     return 0

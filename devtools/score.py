@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import figures
+from . import figures, readme
 from .devices import accelerator
 from .inprocess import put_host_on_path
 
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
             missed += below_limits(module, found)
         # after each, so that hours of scoring survive a stop
         figures.write(target, figures.merge(figures.read(target), found))
+    readme.update()
     for sentence in missed:
         print(f"Too low: {sentence}.", file=sys.stderr)
     return 1 if missed else 0
