@@ -1,0 +1,115 @@
+"""Load the shipped mini checkpoint into the host's own MODEL, CLIP and VAE, so that every stock node works on it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from .autoencoder import Autoencoder
+from .nets import CONTEXT, END, START, TEXT_CONFIG, VOCABULARY, unet_config
+from .storage import read_weights
+
+WEIGHTS = Path(__file__).parent / "weights"
+UNET_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "text_encoder."
+
+
+def names() -> list[str]:
+    """Members of the family that are shipped, except the autoencoder they share."""
+    return sorted(file.stem for file in WEIGHTS.glob("*.safetensors") if file.stem != "autoencoder")
+
+
+def load_model(weights: dict[str, torch.Tensor]):
+    """The UNet as a ModelPatcher of the host's SD1.x class, with dtype and devices chosen by the host.
+
+    weights: state dict whose keys start with `model.diffusion_model.`, as in any SD1.x checkpoint.
+    """
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    parameters = sum(v.numel() for k, v in weights.items() if k.startswith(UNET_PREFIX))
+    in_channels = weights[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1]
+    config = comfy.supported_models.SD15(unet_config(context=CONTEXT, in_channels=in_channels))
+    load_device = mm.get_torch_device()
+    dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes))
+    model = config.get_model(weights, UNET_PREFIX, device=mm.unet_inital_load_device(parameters, dtype))
+    model.load_model_weights(dict(weights), UNET_PREFIX)
+    return comfy.model_patcher.ModelPatcher(model, load_device=load_device, offload_device=mm.unet_offload_device())
+
+
+def load_clip(weights: dict[str, torch.Tensor]):
+    """The text encoder as a CLIP of the host: its SD1 tokenizer, its CLIP transformer at our width."""
+    import comfy.sd
+    import comfy.sd1_clip
+
+    known = set(weights["token_ids"].tolist())
+
+    class MiniTokenizer(comfy.sd1_clip.SD1Tokenizer):
+        """The host's tokenizer; says once per text which words the mini checkpoint never learned."""
+
+        def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
+            tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
+            strange = [t[0] for row in tokens["l"] for t in row if isinstance(t[0], int) and t[0] not in known]
+            if strange:
+                words = sorted({word.replace("</w>", "") for _, word in self.clip_l.untokenize([(t, 1.0) for t in strange])})
+                logging.warning(
+                    "The mini checkpoint does not know the words %s; it was trained on scenes of circles, squares, triangles "
+                    "and stars, and reads all unknown words alike.", ", ".join(words))
+            return tokens
+
+    class Target:
+        params: dict = {}
+        clip = comfy.sd1_clip.SD1ClipModel
+        tokenizer = MiniTokenizer
+
+    clip = comfy.sd.CLIP(Target, model_options={"clip_l_model_config": TEXT_CONFIG}, parameters=VOCABULARY * CONTEXT)
+    state = {f"transformer.{k[len(TEXT_PREFIX):]}": v for k, v in weights.items() if k.startswith(TEXT_PREFIX)}
+    key = "transformer.text_model.embeddings.token_embedding.weight"
+    rows = state[key]
+    table = rows[-1:].repeat(VOCABULARY, 1)
+    table[weights["token_ids"].long()] = rows[:-1]
+    missing = clip.cond_stage_model.clip_l.load_state_dict({**state, key: table}, strict=False).missing_keys
+    unset = [k for k in missing if not k.startswith(("logit_scale", "transformer.text_projection"))]
+    if unset:
+        raise ValueError(f"The mini text encoder lacks {len(unset)} tensors, {unset[0]} first; restore the pack's mini/weights folder.")
+    return clip
+
+
+def load_vae(weights: dict[str, torch.Tensor]):
+    """The autoencoder as a VAE of the host.
+
+    The host's constructor sets up an 8x, 4-channel KL autoencoder with all attributes that its version needs; our net,
+    which keeps the same scale and the same -1..1 pictures, then takes that one's place before anything has run.
+    """
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    shape = {"double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+             "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    params = {"ddconfig": shape, "embed_dim": 4}
+    stand_in = AutoencoderKL(**{**params, "ddconfig": dict(shape)}).state_dict()
+    vae = comfy.sd.VAE(sd=stand_in, config={"params": params})
+    net = Autoencoder(comfy.ops.manual_cast)
+    net.load_state_dict(weights)
+    vae.first_stage_model = net.eval().to(vae.vae_dtype)
+    vae.patcher = comfy.model_patcher.ModelPatcher(net, load_device=vae.device, offload_device=vae.patcher.offload_device)
+    # Bytes the host should set free first: an upper bound of 200 live values per pixel of the picture (the net's widest
+    # layers hold 6 each); the host's own estimate is for a net four times as wide at full size.
+    vae.memory_used_encode = lambda shape, dtype: 200 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
+    vae.memory_used_decode = lambda shape, dtype: 200 * 64 * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype)
+    return vae
+
+
+def load(name: str):
+    """(MODEL, CLIP, VAE) of the shipped member `name`. Raises ValueError when a weights file is missing or damaged."""
+    weights, _ = read_weights(WEIGHTS / f"{name}.safetensors")
+    autoencoder, _ = read_weights(WEIGHTS / "autoencoder.safetensors")
+    return load_model(weights), load_clip(weights), load_vae(autoencoder)
+
+
+__all__ = ["END", "START", "load", "load_clip", "load_model", "load_vae", "names"]

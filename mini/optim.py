@@ -1,0 +1,114 @@
+"""Training state shared by every member of the family: AdamW, an averaged copy, a learning-rate plan by the clock.
+
+The plan is warm-up, constant, then a linear cool-down over the last part of the minutes asked for. The state is saved
+before the cool-down starts, so a later call continues at the constant rate as if the earlier one had not stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+WARMUP = 200  # steps
+COOLDOWN = 0.35  # fraction of the minutes asked for
+
+
+class Trainer:
+    """One AdamW run over `module` that can be stopped and resumed.
+
+    `folder` holds `state.safetensors` (weights, average, optimiser moments), `state.json` (counters) and `curve.csv`.
+    `minutes` is wall-clock time for this call; `decay` is the per-step decay of the average (EMA).
+    """
+
+    def __init__(self, module: torch.nn.Module, folder: Path, minutes: float, lr: float, seed: int, decay: float = 0.999):
+        self.module, self.folder, self.lr, self.decay = module, Path(folder), lr, decay
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.named = dict(module.named_parameters())
+        self.average = {k: p.detach().clone() for k, p in self.named.items()}
+        self.optimizer = torch.optim.AdamW(self.named.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.step = self.images = 0
+        self.seed, self.seconds = seed, 60.0 * minutes
+        self.start = self.reported = time.monotonic()
+        self.losses: list[float] = []
+        self.saved_trunk = False
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Load the newest state of `folder`; False when there is none."""
+        if not (self.folder / "state.json").exists():
+            print("starting a new run", flush=True)
+            return False
+        counters = json.loads((self.folder / "state.json").read_text())
+        tensors = load_file(self.folder / "state.safetensors")
+        with torch.no_grad():
+            for k, p in self.named.items():
+                p.copy_(tensors[f"weight.{k}"])
+                self.average[k].copy_(tensors[f"average.{k}"])
+                self.optimizer.state[p] = {"step": torch.tensor(float(counters["step"])),
+                                           "exp_avg": tensors[f"m.{k}"].to(p.device), "exp_avg_sq": tensors[f"v.{k}"].to(p.device)}
+        self.step, self.images = counters["step"], counters["images"]
+        # A fresh stream of random numbers: replaying the first one would show the same batches again.
+        self.generator.manual_seed(self.seed + self.step)
+        print(f"resumed at step {self.step}, {self.images} images", flush=True)
+        return True
+
+    def save(self) -> None:
+        state = {k: self.optimizer.state[p] for k, p in self.named.items()}
+        tensors = {}
+        for k, p in self.named.items():
+            tensors |= {f"weight.{k}": p.detach(), f"average.{k}": self.average[k],
+                        f"m.{k}": state[k]["exp_avg"], f"v.{k}": state[k]["exp_avg_sq"]}
+        partial = self.folder / "state.partial"
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
+        partial.replace(self.folder / "state.safetensors")
+        (self.folder / "state.json").write_text(json.dumps({"step": self.step, "images": self.images}))
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        return (time.monotonic() - self.start) / self.seconds
+
+    def update(self, loss: torch.Tensor, images: int) -> bool:
+        """Back-propagate `loss`, step, average; False once the minutes are used up."""
+        progress = self.progress
+        if progress >= 1 - COOLDOWN and not self.saved_trunk:
+            self.saved_trunk = True
+            if self.step:
+                self.save()
+        rate = min(1.0, (self.step + 1) / WARMUP) * min(1.0, max(0.0, (1 - progress) / COOLDOWN))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.images += images
+        # The average forgets its start quickly while it is young.
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.named.values()], 1 - decay)
+        self.losses.append(loss.item())
+        if time.monotonic() - self.reported > 15:
+            self.report()
+        return progress < 1
+
+    def report(self) -> None:
+        now = time.monotonic()
+        rate = len(self.losses) * (self.images / max(1, self.step)) / (now - self.reported)
+        mean = sum(self.losses) / len(self.losses)
+        print(f"step {self.step}  images {self.images}  loss {mean:.5f}  {rate:.0f} images/s  {100 * self.progress:.0f} % of the time", flush=True)
+        with open(self.folder / "curve.csv", "a", encoding="utf-8") as file:
+            file.write(f"{self.step},{self.images},{mean:.6f}\n")
+        self.losses, self.reported = [], now
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """State dict of the averaged weights, buffers included."""
+        return {**{k: v.detach() for k, v in self.module.state_dict().items()}, **self.average}

@@ -1,0 +1,69 @@
+"""`python dev.py train NAME --minutes N`: train a member of the mini family, or go on where the last call stopped.
+
+Everything is kept in `.train/NAME/` (state, curve, latents); the averaged weights go to `mini/weights/NAME.safetensors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .autoencoder import Autoencoder
+from .checkpoint import TEXT_PREFIX, UNET_PREFIX, WEIGHTS
+from .storage import read_weights, write_weights
+from .tokens import GrammarTokens
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def shipped_autoencoder() -> Autoencoder:
+    net = Autoencoder()
+    net.load_state_dict(read_weights(WEIGHTS / "autoencoder.safetensors")[0])
+    return net.eval()
+
+
+def train_autoencoder(folder: Path, args, device) -> None:
+    from . import train_autoencoder as recipe
+
+    start = read_weights(WEIGHTS / "autoencoder.safetensors")[0] if args.from_shipped else None
+    state, metadata = recipe.train(folder, args.minutes, device, args.seed, start)
+    write_weights(args.output or WEIGHTS / "autoencoder.safetensors", state, metadata)
+
+
+def train_text_to_image(folder: Path, args, device) -> None:
+    from . import train_text_to_image as recipe
+
+    start = None
+    if args.from_shipped:
+        shipped = read_weights(WEIGHTS / "text_to_image.safetensors")[0]
+        prefixes = {UNET_PREFIX: "unet.", TEXT_PREFIX: "text."}
+        start = {new + k[len(old):]: v for old, new in prefixes.items() for k, v in shipped.items() if k.startswith(old)}
+    state, metadata = recipe.train(folder, args.minutes, device, shipped_autoencoder(), args.seed, start)
+    named = {k.replace("unet.", UNET_PREFIX, 1) if k.startswith("unet.") else k.replace("text.", TEXT_PREFIX, 1): v for k, v in state.items()}
+    named["token_ids"] = torch.tensor(GrammarTokens().ids, dtype=torch.int32)
+    write_weights(args.output or WEIGHTS / "text_to_image.safetensors", named, metadata)
+
+
+MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dev.py train", description=__doc__)
+    parser.add_argument("name", choices=sorted(MEMBERS))
+    parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock minutes; the last third cools the learning rate down")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--from-shipped", action="store_true", help="start from mini/weights instead of from noise")
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier state in .train")
+    parser.add_argument("--output", type=Path, default=None, help="where to write the weights (default mini/weights/NAME.safetensors)")
+    args = parser.parse_args(argv)
+    if not 0 < args.minutes:
+        parser.error(f"--minutes must be above 0, {args.minutes} was given.")
+    folder = ROOT / ".train" / args.name
+    if args.fresh:
+        for file in folder.glob("state.*"):
+            file.unlink()
+    MEMBERS[args.name](folder, args, torch.device(args.device))
+    return 0

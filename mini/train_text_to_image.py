@@ -1,0 +1,99 @@
+"""Training recipe of the text-to-image model: noise prediction on Stable Diffusion's schedule, captions of the scenes grammar.
+
+Offset noise lets the net learn flat backgrounds from the words: SD's schedule leaves sqrt(abar) = 0.068 of signal at the
+last step, and the mean of a plain background over 256 latent cells would otherwise be read from the noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .autoencoder import SCALE, Autoencoder
+from .captions import caption
+from .nets import new_text_encoder, new_unet, text_states
+from .optim import Trainer
+from .scenes import sample_scene
+from .tokens import GrammarTokens
+from .train_autoencoder import pictures
+
+BATCH, SCENES, LEARNING_RATE = 32, 60_000, 6e-4
+TRAIN_SEED = 2_000_000
+OFFSET_NOISE, PROMPT_DROPOUT, UNKNOWN_WORDS, SNR_LIMIT = 0.12, 0.1, 0.02, 5.0
+
+
+def schedule() -> torch.Tensor:
+    """abar [1000] of Stable Diffusion: beta = linspace(sqrt 0.00085, sqrt 0.012)^2."""
+    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
+
+
+def precompute(folder: Path, autoencoder: Autoencoder, count: int = SCENES) -> torch.Tensor:
+    """Latents of the training scenes at unit spread (0.18215 times the autoencoder's), fp16 [count, 4, 16, 16]; drawn once, then read from `folder`."""
+    # Named after the autoencoder's weights: latents of another one are useless, silently.
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for _, v in sorted(autoencoder.state_dict().items()))).hexdigest()[:12]
+    file = Path(folder) / f"latents-{count}-{digest}.safetensors"
+    if file.exists():
+        return load_file(file)["latents"]
+    parts = []
+    for start in range(0, count, 2000):
+        batch = pictures(TRAIN_SEED + start, 2000)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            parts += [(autoencoder.encode(b.float() / 127.5 - 1) * SCALE).half() for b in batch.split(100)]
+        print(f"latents: {start + 2000} of {count}", flush=True)
+    latents = torch.cat(parts).clone()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": latents}, file)
+    return latents
+
+
+def batch_tokens(tokens: GrammarTokens, picks: list[int], generator: torch.Generator) -> torch.Tensor:
+    """Fresh captions of the picked scenes as compact ids [B, 77]; some dropped for guidance, a few words made unknown."""
+    rows, empty = [], tokens.encode("")
+    seeds = torch.randint(1 << 40, (len(picks),), generator=generator).tolist()
+    dropped = torch.rand(len(picks), generator=generator) < PROMPT_DROPOUT
+    for pick, seed, drop in zip(picks, seeds, dropped):
+        # One caption in four names everything, so that full prompts are no rarity.
+        probability = 1.0 if seed % 4 == 0 else 0.7
+        rows.append(empty if drop else tokens.encode(caption(sample_scene(TRAIN_SEED + pick), seed, probability)[0]))
+    ids = torch.stack(rows)
+    padding = (ids == empty[1]) | (ids == empty[0])
+    unknown = (torch.rand(ids.shape, generator=generator) < UNKNOWN_WORDS) & ~padding
+    return ids.masked_fill(unknown, tokens.unknown)
+
+
+def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoencoder, seed: int = 0,
+          weights: dict | None = None) -> tuple[dict, dict]:
+    """Train UNet and text encoder together for `minutes`; returns (state dict, metadata). `weights` is a state dict to start from."""
+    torch.manual_seed(seed)
+    tokens = GrammarTokens()
+    model = torch.nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokens.unknown + 1)})
+    if weights:
+        model.load_state_dict(weights)
+    model.to(device)
+    latents = precompute(folder, autoencoder)
+    abar = schedule().to(device)
+    for name, net in model.items():
+        print(f"{name}: {sum(p.numel() for p in net.parameters())} parameters", flush=True)
+    trainer = Trainer(model, folder, minutes, LEARNING_RATE, seed, decay=0.9995)
+    trainer.resume()
+    g = trainer.generator
+    going = True
+    while going:
+        pick = torch.randint(len(latents), (BATCH,), generator=g)
+        ids = batch_tokens(tokens, pick.tolist(), g).to(device)
+        clean = latents[pick].to(device).float()
+        t = torch.randint(1000, (BATCH,), generator=g).to(device)
+        noise = (torch.randn(clean.shape, generator=g) + OFFSET_NOISE * torch.randn(BATCH, 4, 1, 1, generator=g)).to(device)
+        a = abar[t][:, None, None, None]
+        with torch.autocast(device.type, torch.bfloat16):
+            context = text_states(model["text"], ids)
+            predicted = model["unet"](a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context)
+        # Min-SNR weighting (Hang et al. 2023, eq. 5) for eps prediction: the last, nearly clean steps would crowd out layout.
+        weight = (SNR_LIMIT * (1 - abar[t]) / abar[t]).clamp(max=1)
+        loss = (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+        going = trainer.update(loss, BATCH)
+    trainer.report()
+    return trainer.averaged(), {"recipe": "text_to_image", "steps": trainer.step, "images": trainer.images, "data_seed": TRAIN_SEED}
