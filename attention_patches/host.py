@@ -1,0 +1,143 @@
+"""The one module that knows the host's slots: wrapper names, option dictionaries, lists of conditioning.
+
+Everything here uses public names of ComfyUI (0.3.52 and 0.3.75). When the host changes, the fix belongs here.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Callable
+
+import torch
+
+from .rows import Area
+
+log = logging.getLogger("palimpsest")
+
+KEY = "palimpsest"  # our key for wrappers and callbacks, and for the run's state in transformer_options
+PLAN = "palimpsest_plan"  # what the current call is to inject
+ROLE = "palimpsest_role"  # tag on conditioning entries: name of the list they belong to
+
+
+def set_wrapper(model, wrapper_type: str, wrapper: Callable) -> None:
+    """Put the only wrapper of ours of this type on `model` (a fresh clone), in place of an older one.
+
+    In place, because the order of keys is the order of wrappers: edits added later must not move us behind other packs.
+    """
+    model.wrappers.setdefault(wrapper_type, {})[KEY] = [wrapper]
+
+
+def set_callback(model, callback_type: str, callback: Callable) -> None:
+    """The same for callbacks."""
+    model.callbacks.setdefault(callback_type, {})[KEY] = [callback]
+
+
+def options_with_apply_wrapper(model_options: dict, wrapper: Callable, **values: Any) -> dict:
+    """A copy of `model_options` with an innermost APPLY_MODEL wrapper and `values` in transformer_options.
+
+    Objects in `values` must be plain: the host copies dicts and lists on the way to the UNet.
+    """
+    import comfy.model_patcher
+    import comfy.patcher_extension as extension
+
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    extension.add_wrapper_with_key(extension.WrappersMP.APPLY_MODEL, KEY, wrapper, options, is_model_options=True)
+    options["transformer_options"].update(values)
+    return options
+
+
+def options_with_attention_patch(transformer_options: dict, patch: Callable) -> dict:
+    """A copy of a UNet call's transformer_options with `patch` before all other attn1 patches.
+
+    Before, because HyperTile and token merging change the tokens, and their second patch undoes what the first did.
+    """
+    patches = dict(transformer_options.get("patches", {}))
+    patches["attn1_patch"] = [patch, *patches.get("attn1_patch", [])]
+    return {**transformer_options, "patches": patches}
+
+
+def opaque(function: Callable) -> Callable:
+    """Keep torch.compile from tracing `function`: its Python state would be frozen into the graph, or retraced every step.
+
+    Costs nothing, and imports nothing, while nobody compiles.
+    """
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
+def residual_convolution(base_model, part: str, number: int) -> torch.nn.Module:
+    """Last convolution of the ResBlock that opens a block: its output is the residual branch before the skip is added."""
+    unet = base_model.diffusion_model
+    block = unet.middle_block if part == "middle" else (unet.input_blocks if part == "input" else unet.output_blocks)[number]
+    return block[0].out_layers[-1]
+
+
+def token_width(model) -> int | None:
+    """Channels of a text token that the UNet of a MODEL takes, None where it has several."""
+    width = model.model.model_config.unet_config.get("context_dim")
+    return width if isinstance(width, int) else None
+
+
+def tag_roles(guider) -> None:
+    """Mark each processed conditioning entry of a run with the name of its list.
+
+    Called after the host has processed the lists: earlier marks end up on copies that the host moves across lists.
+    The entries are the run's own copies.
+    """
+    for name, entries in guider.conds.items():
+        for entry in entries:
+            entry[ROLE] = name
+
+
+def role_of(entries: list | None, position: int, conds: list, guider) -> str | None:
+    """Name of one conditioning list of a call ("positive", "negative", ...), None if nothing says it.
+
+    Identity of the list first; then our tag (context windows copy the lists); then the place in a pair.
+    """
+    for name, own in getattr(guider, "conds", {}).items():
+        if entries is own:
+            return name
+    tags = {entry.get(ROLE) for entry in entries or []}
+    if len(tags) == 1 and None not in tags:
+        return tags.pop()
+    return ("positive", "negative")[position] if len(conds) == 2 and entries is not None else None
+
+
+def is_active(entry: dict, sigma: float) -> bool:
+    """Whether a processed conditioning entry takes part at this noise level (its start and end percent)."""
+    start, end = entry.get("timestep_start"), entry.get("timestep_end")
+    return not (start is not None and sigma > float(start)) and not (end is not None and sigma < float(end))
+
+
+def area_of(entry: dict, picture: tuple[int, int]) -> Area | None:
+    """The rectangle a processed entry is limited to, clipped to the picture (H, W) as the host does; None for the whole."""
+    area = entry.get("area")
+    if area is None:
+        return None
+    height, width, y, x = (int(n) for n in (*area[:2], *area[-2:])) if len(area) == 4 else (int(n) for n in (*area[1:3], *area[4:6]))
+    return Area(y, x, min(height, picture[0] - y), min(width, picture[1] - x))
+
+
+def find_entry(entries: list | None, uuid: Any) -> dict | None:
+    """The entry of a list that a chunk came from."""
+    return next((entry for entry in entries or [] if entry.get("uuid") == uuid), None)
+
+
+def process_alone(conditioning: list, model, noise: torch.Tensor, device: torch.device, **rest: Any) -> list[dict]:
+    """Conditioning made ready for sampling, in a dictionary of its own.
+
+    Beside the user's lists the host would give it their ControlNets and areas, and them its own.
+    noise: tensor of the latents' shape. rest: latent_image, denoise_mask, seed.
+    """
+    import comfy.sampler_helpers
+    import comfy.samplers
+
+    converted = comfy.sampler_helpers.convert_cond(conditioning)
+    return comfy.samplers.process_conds(model, noise, {"positive": converted}, device, **rest)["positive"]
+
+
+def clean_controls(entries: list[dict]) -> None:
+    """Let go of what the ControlNets of processed conditioning hold; the host does this for the user's lists only."""
+    import comfy.sampler_helpers
+
+    comfy.sampler_helpers.cleanup_models({"entries": entries}, [])

@@ -1,0 +1,149 @@
+"""The reference pass of one source during one run: runs the source, captures features, hands them out."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from . import host
+from .blocks import Point
+from .rows import Feature
+from .source import Source
+from .store import FeatureStore, feature_bytes
+
+AUTO_SHARE = 0.25  # "auto" keeps features on the GPU while they take less than this share of its free memory
+
+
+class StopForward(Exception):
+    """Raised inside the UNet after the last feature is captured; what follows would be thrown away."""
+
+
+class SourceRun:
+    """Features of one source, computed once per noise level, by calls of their own ("separate" form).
+
+    The other form that gives the same numbers, source rows that ride in the user's own call ("joined"), would replace
+    `features` by a late APPLY_MODEL wrapper that appends and strips rows; see README.md, "Two forms".
+    """
+
+    def __init__(self, source: Source, bank_device: str, counters, once: Callable[..., None]):
+        self.source = source
+        self.bank_device = bank_device
+        self.counters = counters
+        self.once = once
+        self.store = FeatureStore()
+        self.branches: dict[str, list[dict]] = {}
+        self._wanted: tuple[Point, ...] = ()
+        self._taken: dict[Point, Feature] = {}
+        # callables are made once per run, so that compiled models do not see new ones every step
+        self._attention_patch = host.opaque(self._capture_attention)
+        self._hooks: dict[Point, Callable] = {}
+
+    def prepare(self, model, device: torch.device, seed: int | None) -> None:
+        """Process the source's conditioning, alone, once per run."""
+        latents = self.source.trajectory.latents
+        clean = latents[0].to(device)
+        for name, conditioning in self.source.branches:
+            # inpainting and instruction models find their extra channels in latent_image: the source's own picture
+            self.branches[name] = host.process_alone(conditioning, model, torch.zeros_like(clean), device, latent_image=clean, seed=seed)
+
+    def features(self, executor, model, points: frozenset[Point], sigma: float, x: Tensor, timestep: Tensor, model_options: dict) -> dict[tuple[str, Point], Feature]:
+        """Features of `points` for every branch at this noise level; run the source if they are not there yet.
+
+        The features of the first call at a noise level serve all later calls at it. A point is missing where the
+        source's conditioning is switched off or another node cuts the picture in a way we cannot follow.
+        """
+        window = model_options.get("transformer_options", {}).get("context_window")
+        cut = None if window is None else (getattr(window, "dim", 0), tuple(getattr(window, "index_list", ())))
+        stored = self.store.get(sigma, cut)
+        if stored is None:
+            stored = self._run_pass(executor, model, points, sigma, x, timestep, model_options, window)
+            self.store.put(sigma, stored, cut)
+            if stored and self.store.device is None:
+                self._choose_bank(feature_bytes(stored), x.device, len(points))
+        return stored
+
+    def close(self) -> None:
+        """Free everything the run holds."""
+        self.store.clear()
+        self._taken = {}
+        for entries in self.branches.values():
+            host.clean_controls(entries)
+        self.branches = {}
+
+    def _run_pass(self, executor, model, points, sigma, x, timestep, model_options, window) -> dict[tuple[str, Point], Feature]:
+        latents = self.source.trajectory.at(sigma).to(x)
+        if window is not None:
+            latents = window.get_tensor(latents)
+        wanted = tuple(sorted(points, key=lambda point: point.order))
+        features: dict[tuple[str, Point], Feature] = {}
+        for name, entries in self.branches.items():
+            usable = (entry for entry in entries if "area" not in entry and "mask" not in entry and host.is_active(entry, sigma))
+            entry = next(usable, None)
+            if entry is None:
+                self.once(("inactive", name), "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there")
+                continue
+            taken = self._run_branch(executor, model, entry, latents, timestep, model_options, wanted)
+            features.update({(name, point): feature for point, feature in taken.items()})
+        return features
+
+    def _run_branch(self, executor, model, entry: dict, latents: Tensor, timestep: Tensor, model_options: dict, wanted: tuple[Point, ...]) -> dict[Point, Feature]:
+        self._wanted, self._taken = wanted, {}
+        options = host.options_with_apply_wrapper(model_options, self._apply_model)
+        self.counters.source_calls += 1
+        self.counters.source_rows += latents.shape[0]
+        try:
+            # index 0 of a list of one: other packs record maps for any call that contains index 1
+            executor(model, [[entry]], latents, timestep[:1].repeat(latents.shape[0]), options)
+        except StopForward:
+            pass
+        taken, self._wanted, self._taken = self._taken, (), {}
+        return taken
+
+    def _apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs):
+        options = host.options_with_attention_patch(transformer_options, self._attention_patch)
+        convolutions = [point for point in self._wanted if point.kind == "resblock"]
+        handles: list[Any] = []
+        try:
+            for point in convolutions:
+                module = host.residual_convolution(executor.class_obj, point.part, point.number)
+                handles.append(module.register_forward_hook(self._hook(point)))
+            return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, point: Point) -> Callable:
+        if point not in self._hooks:
+
+            def capture(module, args, output):
+                self._take(point, output, (output.shape[-2], output.shape[-1]))
+
+            self._hooks[point] = host.opaque(capture)
+        return self._hooks[point]
+
+    def _capture_attention(self, n, context, value, extra_options, **kwargs):
+        block = extra_options.get("block")
+        if block is not None:
+            point = Point("attn1", block[0], block[1], extra_options.get("block_index", 0))
+            if point in self._wanted:
+                self._take(point, n, tuple(extra_options["activations_shape"][-2:]))
+        return n, context, value
+
+    def _take(self, point: Point, tensor: Tensor, size: tuple[int, int]) -> None:
+        # a copy: later patches and the host itself write into block outputs in place
+        self._taken[point] = Feature(tensor.detach().clone(), (int(size[0]), int(size[1])))
+        if point == self._wanted[-1]:
+            raise StopForward
+
+    def _choose_bank(self, size: int, device: torch.device, layers: int) -> None:
+        import comfy.model_management
+
+        choice = self.bank_device
+        if choice == "auto":
+            free = comfy.model_management.get_free_memory(device)
+            choice = "gpu" if device.type == "cpu" or size < AUTO_SHARE * free else "cpu"
+        bank = torch.device("cpu") if choice == "cpu" else device
+        self.store.move(bank)
+        self.once("bank", f"reference features: {layers} layers, {size / 2**20:.1f} MB per step, kept on {bank}")
