@@ -1,0 +1,113 @@
+"""Scores of a picture that was read: against a scene, against a caption's attributes, and against an edit's target."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from .reader import ReadObject, Reading
+from .scenes import ATTRIBUTES, PLACES, Scene, masks
+
+OBJECT_ATTRIBUTES = tuple(a for a in ATTRIBUTES if a not in ("background", "style"))
+STRUCTURE = ("shape", "place", "size")
+
+
+def assign(costs: np.ndarray) -> list[int | None]:
+    """Column of each row [rows, columns] so that the costs sum up least; None for rows without one."""
+    out: list[int | None] = [None] * len(costs)
+    if costs.size:
+        for row, column in zip(*linear_sum_assignment(costs)):
+            out[row] = int(column)
+    return out
+
+
+def match_objects(reading: Reading, scene: Scene) -> list[ReadObject | None]:
+    """The read object of each object of the scene, by least total distance of their centres; None where too few were read."""
+    costs = np.array([[math.hypot(r.cx - o.cx, r.cy - o.cy) for r in reading.objects] for o in scene.objects])
+    return [None if i is None else reading.objects[i] for i in assign(costs)]
+
+
+def match_named(reading: Reading, named: list[dict[str, str]]) -> list[ReadObject | None]:
+    """The read object of each of a caption's objects, so that the most named attributes hold.
+
+    Ties fall to the object whose place lies nearer to the named one.
+    """
+    def cost(wanted: dict[str, str], read: ReadObject) -> float:
+        wrong = sum(getattr(read, attribute) != value for attribute, value in wanted.items())
+        if "place" not in wanted:
+            return wrong
+        (x, y), (a, b) = PLACES[wanted["place"]], PLACES[read.place]
+        return wrong + math.hypot(x - a, y - b) / 1000
+
+    costs = np.array([[cost(wanted, read) for read in reading.objects] for wanted in named])
+    return [None if i is None else reading.objects[i] for i in assign(costs)]
+
+
+def holds(read: ReadObject | None, attribute: str, value: str) -> bool:
+    return read is not None and getattr(read, attribute) == value
+
+
+def against_scene(reading: Reading, scene: Scene) -> dict[str, list[bool]]:
+    """Per attribute, whether it was read right: one value per object of the scene, one for count, background and style."""
+    pairs = list(zip(match_objects(reading, scene), scene.objects))
+    out = {attribute: [holds(read, attribute, getattr(o, attribute)) for read, o in pairs] for attribute in OBJECT_ATTRIBUTES}
+    out["count"] = [len(reading.objects) == len(scene.objects)]
+    out["background"] = [reading.background == scene.background]
+    out["style"] = [reading.style == scene.style]
+    return out
+
+
+def against_caption(reading: Reading, named: list[dict[str, str]], scene_named: dict[str, str]) -> dict[str, list[bool]]:
+    """Per attribute, whether what a caption named is there (`named`, `scene_named` as `captions.caption` returns them)."""
+    out: dict[str, list[bool]] = {"count": [len(reading.objects) == len(named)]}
+    for read, wanted in zip(match_named(reading, named), named):
+        for attribute, value in wanted.items():
+            out.setdefault(attribute, []).append(holds(read, attribute, value))
+    for attribute, value in scene_named.items():
+        out[attribute] = [getattr(reading, attribute) == value]
+    return out
+
+
+def edit_success(reading: Reading, target: Scene, attribute: str, index: int = 0) -> bool:
+    """Whether the edited attribute has its new value; `target` is the edited twin.
+
+    A new pattern needs a second colour to show: whichever it is, since the words of the edit may not name it.
+    """
+    if attribute in ("background", "style"):
+        return getattr(reading, attribute) == getattr(target, attribute)
+    return holds(match_objects(reading, target)[index], attribute, getattr(target.objects[index], attribute))
+
+
+def structure_kept(reading: Reading, source: Scene) -> bool:
+    """Whether every object's shape, place and size are as in the source and no object came or went."""
+    return len(reading.objects) == len(source.objects) and all(
+        holds(read, attribute, getattr(o, attribute)) for read, o in zip(match_objects(reading, source), source.objects) for attribute in STRUCTURE)
+
+
+def object_iou(reading: Reading, source: Scene) -> float:
+    """Mean over the source's objects of intersection over union of the silhouettes; 0 for an object that is gone."""
+    values = []
+    for read, mask in zip(match_objects(reading, source), masks(source) > 0.5):
+        values.append(0.0 if read is None else float((read.mask & mask).sum() / (read.mask | mask).sum()))
+    return sum(values) / len(values)
+
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval (low, high) of a rate of `successes` in `n` trials (Wilson 1927)."""
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"A rate needs 0 <= successes <= n and n >= 1, not {successes} of {n}; count again.")
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def psnr(a, b) -> float:
+    """Peak signal-to-noise ratio in dB of two pictures in 0..1 (arrays or CPU tensors of one shape); infinite if equal."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"PSNR compares pictures of one shape, not {list(a.shape)} and {list(b.shape)}; resize one of them.")
+    error = float(((a - b) ** 2).mean())
+    return math.inf if error == 0 else -10 * math.log10(error)

@@ -1,0 +1,215 @@
+"""The reader's fit of one object: which drawing explains these pixels best.
+
+Coarse: the silhouette, brought to unit area and centre, against a bank of the grammar's silhouettes. Fine: position,
+radius and tilt by damped Gauss-Newton steps on the pixels, the two colours solved by linear least squares inside
+(variable projection, Golub and Pereyra 1973), for the patterns and styles that are still in the race.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import ndimage
+
+from .scenes import LINE, PATTERNS, SHAPES, STYLES, coverage, inside_distance, marks, nearest_color, polygon
+
+LIMIT = 0.16  # RMS colour error per object pixel above which a blob is nothing the grammar can draw
+UNEXPLAINED = 0.3  # the same for the fraction of the blob's contrast that the best drawing leaves
+GRAY = 0.2  # below this saturation a colour has no name
+APART = 0.15  # RGB distance that two colours of one pattern keep at least
+PATTERN_COST = 3e-4  # mean squared error that a pattern must save against a plain fill
+RADII = (12.0, 36.0)  # pixels; beyond the grammar's 17 to 31 by what a sampler may stretch
+MAX_TILT = 0.3
+STEPS = np.array([0.3, 0.3, 0.3, 0.02])  # differences for the Jacobian: pixels, pixels, pixels, radians
+BANK_SIDE, BANK_REACH, BANK_TILTS = 40, 1.15, np.linspace(-0.24, 0.24, 9)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The best drawing of one style for one part. `cost` is a mean squared error with its penalties, to compare styles by."""
+
+    shape: str | None
+    color: str | None
+    pattern: str | None
+    color2: str | None
+    cx: float
+    cy: float
+    radius: float
+    tilt: float
+    rgb: tuple | None
+    rgb2: tuple | None
+    residual: float
+    cost: float
+
+
+@lru_cache(maxsize=1)
+def unit_shapes() -> dict[str, tuple[float, float]]:
+    """Per shape of radius 1: (area, height of the centroid below the centre)."""
+    out = {"circle": (np.pi, 0.0)}
+    for shape in SHAPES[1:]:
+        p = polygon(shape)
+        q = np.roll(p, -1, 0)
+        cross = p[:, 0] * q[:, 1] - q[:, 0] * p[:, 1]
+        area = cross.sum() / 2
+        out[shape] = (abs(area), float(((p + q)[:, 1] * cross).sum() / (6 * area)))
+    return out
+
+
+@lru_cache(maxsize=1)
+def bank() -> tuple[list[tuple[str, float]], np.ndarray]:
+    """Names (shape, tilt) and silhouettes [n, pixels] at unit area about their centroid."""
+    axis = (np.arange(BANK_SIDE) + 0.5) / BANK_SIDE * 2 * BANK_REACH - BANK_REACH
+    x, y = np.meshgrid(axis, axis)
+    names, rows = [], []
+    for shape, (area, drop) in unit_shapes().items():
+        radius = 100 / np.sqrt(area)
+        for tilt in BANK_TILTS if shape != "circle" else [0.0]:
+            cos, sin = np.cos(tilt), np.sin(tilt)
+            u, v = cos * x + sin * y, -sin * x + cos * y
+            names.append((shape, float(tilt)))
+            rows.append((inside_distance(shape, 100 * u, 100 * v + drop * radius, radius) > 0).ravel())
+    return names, np.array(rows, np.float32)
+
+
+def silhouettes(mask: np.ndarray) -> tuple[list[tuple[str, np.ndarray]], float]:
+    """Start values: (shape, [cx, cy, radius, tilt]) of every shape, best overlap first, and that overlap (IoU)."""
+    area = float(mask.sum())
+    cy, cx = (c + 0.5 for c in ndimage.center_of_mass(mask))
+    axis = ((np.arange(BANK_SIDE) + 0.5) / BANK_SIDE * 2 - 1) * BANK_REACH * np.sqrt(area)
+    rows, columns = (np.floor(c + axis).astype(int) for c in (cy, cx))
+    inside = ((rows >= 0) & (rows < mask.shape[0]))[:, None] & ((columns >= 0) & (columns < mask.shape[1]))[None]
+    sample = (mask[rows.clip(0, mask.shape[0] - 1)][:, columns.clip(0, mask.shape[1] - 1)] & inside).ravel().astype(np.float32)
+    names, templates = bank()
+    both = templates @ sample
+    iou = both / (templates.sum(1) + sample.sum() - both)
+    starts = {}
+    for i in np.argsort(-iou, kind="stable"):
+        shape, tilt = names[i]
+        if shape not in starts:
+            unit, drop = unit_shapes()[shape]
+            radius = np.sqrt(area / unit)
+            # The centroid lies `drop` radii along the object's own v axis from the centre.
+            starts[shape] = (float(iou[i]), np.array([cx + np.sin(tilt) * drop * radius, cy - np.cos(tilt) * drop * radius, radius, tilt]))
+    best = max(score for score, _ in starts.values())
+    return [(shape, start) for shape, (score, start) in starts.items() if score > best - 0.12], best
+
+
+class Patch:
+    """The pixels around one part, and the cost of explaining them by a drawing."""
+
+    def __init__(self, image: np.ndarray, background, mask: np.ndarray, others: np.ndarray):
+        ys, xs = np.nonzero(mask)
+        self.left, self.top = max(0, xs.min() - 4), max(0, ys.min() - 4)
+        right, bottom = min(mask.shape[1], xs.max() + 5), min(mask.shape[0], ys.max() + 5)
+        box = np.s_[self.top:bottom, self.left:right]
+        self.background = np.asarray(background, np.float64)
+        weight = ~ndimage.binary_dilation(others[box], iterations=2) if others.any() else np.ones(mask[box].shape, bool)
+        self.keep = weight.ravel()
+        self.target = (image[box].astype(np.float64) - self.background).reshape(-1, 3)[self.keep]
+        y, x = np.mgrid[self.top:bottom, self.left:right] + 0.5
+        self.x, self.y = x.ravel()[self.keep], y.ravel()[self.keep]
+        self.area = float(mask.sum())
+        self.total = float((self.target**2).sum())
+
+    def frame(self, shape: str, p) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(signed distance, u, v) of the kept pixels for a shape at p = [cx, cy, radius, tilt]."""
+        cos, sin = np.cos(p[3]), np.sin(p[3])
+        dx, dy = self.x - p[0], self.y - p[1]
+        u, v = cos * dx + sin * dy, -sin * dx + cos * dy
+        return inside_distance(shape, u, v, p[2]), u, v
+
+    @staticmethod
+    def layers(frame, pattern: str, style: str) -> np.ndarray:
+        """Coverages [1 or 2, pixels] of the colours, as `scenes.object_layers` draws them."""
+        distance, u, v = frame
+        silhouette = coverage(distance)
+        second = None if pattern == "plain" else marks(pattern, style, u, v)
+        if style == "flat":
+            return silhouette[None] if second is None else np.stack([silhouette * (1 - second), silhouette * second])
+        inner = coverage(distance - LINE)
+        return (silhouette - inner)[None] if second is None else np.stack([silhouette - inner, inner * second])
+
+    def solve(self, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(colours less background [n, 3], residual [pixels, 3]); colours are held within 0..1."""
+        gram = layers @ layers.T + 1e-6 * np.eye(len(layers))
+        colors = np.linalg.solve(gram, layers @ self.target)
+        colors = (colors + self.background).clip(0, 1) - self.background
+        return colors, self.target - layers.T @ colors
+
+    def refine(self, shape: str, pattern: str, style: str, p: np.ndarray, steps: int) -> np.ndarray:
+        """`p` after damped Gauss-Newton steps on the pixels; a step that does not help is not taken."""
+        def residual(q):
+            return self.solve(self.layers(self.frame(shape, q), pattern, style))[1].ravel()
+
+        now = residual(p)
+        for _ in range(steps):
+            which = 3 if shape == "circle" and pattern == "plain" else 4
+            jacobian = np.stack([(residual(p + STEPS * (np.arange(4) == i)) - now) / STEPS[i] for i in range(which)])
+            gram = jacobian @ jacobian.T
+            step = np.zeros(4)
+            step[:which] = -np.linalg.solve(gram + 0.02 * np.diag(np.diag(gram)) + 1e-9 * np.eye(which), jacobian @ now)
+            trial = p + step.clip(-np.array([3, 3, 3, 0.1]), np.array([3, 3, 3, 0.1]))
+            trial[2], trial[3] = np.clip(trial[2], *RADII), np.clip(trial[3], -MAX_TILT, MAX_TILT)
+            after = residual(trial)
+            if after @ after >= now @ now:
+                break
+            settled = (now @ now) - (after @ after) < 0.01 * (now @ now)
+            p, now = trial, after
+            if settled:
+                break
+        return p
+
+    def candidates(self, shape: str, p: np.ndarray) -> list[tuple[float, str, str, str]]:
+        """(cost, style, shape, pattern) of all patterns and styles at one geometry."""
+        frame = self.frame(shape, p)
+        return [(self.cost(self.layers(frame, pattern, style), pattern), style, shape, pattern) for style in STYLES for pattern in PATTERNS]
+
+    def cost(self, layers: np.ndarray, pattern: str) -> float:
+        """Mean squared error per object pixel, with what a pattern has to save, and what impossible colours cost."""
+        colors, residual = self.solve(layers)
+        cost = float((residual**2).sum()) / (3 * self.area)
+        if pattern != "plain":
+            cost = cost * 1.05 + PATTERN_COST
+            if np.linalg.norm(colors[0] - colors[1]) < APART or np.linalg.norm(colors[1]) < APART:
+                cost += 1.0
+        return cost
+
+
+def color_name(rgb) -> str | None:
+    """The colour's name, None for a gray."""
+    return nearest_color(rgb) if colorsys.rgb_to_hsv(*rgb)[1] >= GRAY else None
+
+
+def fit_object(image: np.ndarray, background, mask: np.ndarray, others: np.ndarray) -> dict[str, Fit]:
+    """The best Fit per style of the part `mask` (bool [H, W]); `others` are pixels of other parts, left out of the account."""
+    patch = Patch(image, background, mask, others)
+    starts, _ = silhouettes(mask)
+    geometry, costs = {}, []
+    for shape, p in starts[:3]:
+        p[2] = np.clip(p[2], *RADII)
+        geometry[shape] = p
+        costs += patch.candidates(shape, p)
+    fits = {}
+    for style in STYLES:
+        ranked = sorted(c for c in costs if c[1] == style)
+        results = []
+        # The runner-up is refined as well where the start values could have decided it.
+        for cost, _, shape, pattern in ranked[:3]:
+            if cost > 2.0 * ranked[0][0] + 0.002:
+                continue
+            p = patch.refine(shape, pattern, style, geometry[shape], 3)
+            results += [(c, pattern, shape, p) for c, s, shape, pattern in patch.candidates(shape, p) if s == style]
+        cost, pattern, shape, p = min(results, key=lambda r: r[0])
+        colors, residual = patch.solve(patch.layers(patch.frame(shape, p), pattern, style))
+        rms = float(np.sqrt((residual**2).sum() / (3 * patch.area)))
+        cx, cy, radius, tilt = (float(x) for x in p)
+        if rms > LIMIT or (residual**2).sum() > UNEXPLAINED * patch.total:
+            fits[style] = Fit(None, None, None, None, cx, cy, radius, tilt, None, None, rms, cost)
+            continue
+        rgb = tuple(float(c) for c in colors[0] + patch.background)
+        rgb2 = tuple(float(c) for c in colors[1] + patch.background) if pattern != "plain" else None
+        fits[style] = Fit(shape, color_name(rgb), pattern, "" if rgb2 is None else color_name(rgb2), cx, cy, radius, tilt, rgb, rgb2, rms, cost)
+    return fits
