@@ -35,7 +35,10 @@ class Edit:
     bank_device: str = "auto"  # where features wait between the two passes: "auto", "gpu" or "cpu"
 
     def points(self, sigma: float) -> frozenset[Point]:
-        """Points whose source features this edit needs at this noise level; empty when it does nothing there."""
+        """Points this edit reads or rewrites at this noise level, empty when it does nothing there.
+
+        With a source, it is run up to the last of them first, and they are left alone where it gave no features.
+        """
         return frozenset()
 
     def attention(self, point: Point, n: Tensor, context: Tensor, value: Tensor, source: SourceRows) -> tuple[Tensor, Tensor, Tensor]:

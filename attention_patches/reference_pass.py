@@ -38,6 +38,7 @@ class Plan:
     at: dict[Point, tuple[tuple[Edit, dict[tuple[str, Point], Feature]], ...]]
     conds: list
     roles: tuple[str | None, ...]
+    picture: tuple[int, int]  # (H, W) of the latents, of which areas are parts
 
 
 @dataclass(frozen=True)
@@ -116,18 +117,19 @@ class RunState:
         return out[: len(conds)]
 
     def _plan(self, executor, model, conds, roles, sigma, x, timestep, model_options) -> Plan | None:
-        active = [(edit, points) for edit in self.edits if edit.source is not None and (points := edit.points(sigma))]
+        active = [(edit, points) for edit in self.edits if (points := edit.points(sigma))]
         wanted: dict[Hashable, frozenset[Point]] = {}
         for edit, points in active:
-            wanted[edit.source.key] = wanted.get(edit.source.key, frozenset()) | points
+            if edit.source is not None:
+                wanted[edit.source.key] = wanted.get(edit.source.key, frozenset()) | points
         features = {key: self.sources[key].features(executor, model, points, sigma, x, timestep, model_options) for key, points in wanted.items()}
         at: dict[Point, tuple] = {}
         for edit, points in active:
-            found = features[edit.source.key]
+            found, branches = ({}, ()) if edit.source is None else (features[edit.source.key], edit.source.branches)
             for point in points:
-                if all((name, point) in found for name, _ in edit.source.branches):
+                if all((name, point) in found for name, _ in branches):
                     at[point] = (*at.get(point, ()), (edit, found))
-        return Plan(at, conds, roles) if at else None
+        return Plan(at, conds, roles, tuple(x.shape[-2:])) if at else None
 
     def _apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs):
         plan = transformer_options.get(host.PLAN)
@@ -152,10 +154,7 @@ class RunState:
 
     def _describe(self, plan: Plan, x: Tensor, order: list[int], transformer_options: dict) -> Call:
         uuids = transformer_options.get("uuids") or [None] * len(order)
-        picture = next(iter(self.sources.values())).source.latent_shape[-2:]
-        window = transformer_options.get("context_window")
-        if window is not None and getattr(window, "dim", 0) >= 2:
-            picture = tuple(x.shape[-2:])
+        picture = plan.picture
         entries = [host.find_entry(plan.conds[i], uuid) for i, uuid in zip(order, uuids)]
         areas = tuple(None if entry is None else host.area_of(entry, picture) for entry in entries)
         return Call(plan, areas, tuple(plan.roles[i] for i in order), x.shape[0] // len(order), picture)

@@ -86,15 +86,16 @@ def _build(config_class, unet_config, dtype, prediction, seed, model_class=None)
     return patcher(base)
 
 
-def tiny_sd15(seed=0, width=32, context_dim=768, dtype=torch.float32, prediction="eps"):
+def tiny_sd15(seed=0, width=32, context_dim=768, dtype=torch.float32, prediction="eps", channel_mult=(1, 2, 4, 4)):
     """An SD1.5-shaped model with 8 heads and random weights.
 
     seed: of the weights. width: channels of the first level (32 gives 8.8 M parameters).
     context_dim: width of the text tokens. prediction: "eps", "v_prediction" or "edm".
+    channel_mult: width of the four levels; (1, 1, 1, 1) is the quickest to run.
     """
     import comfy.supported_models
 
-    layout = {**SD15_LAYOUT, "model_channels": width, "context_dim": context_dim}
+    layout = {**SD15_LAYOUT, "model_channels": width, "context_dim": context_dim, "channel_mult": list(channel_mult)}
     return _build(comfy.supported_models.SD15, layout, dtype, prediction, seed)
 
 
@@ -128,3 +129,39 @@ def tiny_cond(tokens=77, seed=0, dim=768, pooled=None):
     if pooled is not None:
         extra["pooled_output"] = torch.randn(1, pooled, generator=generator)
     return [[context, extra]]
+
+
+def tiny_trajectory(model, *, steps=4, size=(16, 16), batch=1, seed=0, scheduler="normal", cond=None):
+    """A straight path from random latents to noise at the host's noise levels: the form of an inversion, without its cost.
+
+    size: (H, W) of the latents. cond: CONDITIONING it claims to have been run with, default one random prompt.
+    """
+    import comfy.samplers
+
+    from palimpsest.inversion.trajectory import Trajectory
+
+    generator = torch.Generator().manual_seed(100 + seed)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).flip(0).cpu()
+    clean, noise = (torch.randn(batch, 4, *size, generator=generator) for _ in range(2))
+    latents = clean + sigmas[:, None, None, None, None] * noise
+    return Trajectory.for_model(model, sigmas, latents, tiny_cond(seed=7) if cond is None else cond)
+
+
+def tiny_controlnet(seed=0, width=32, context_dim=768):
+    """A ControlNet of the SD1.5 layout on the host's class, random weights (its zero convolutions too)."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management
+
+    layout = {key: value for key, value in SD15_LAYOUT.items() if key not in ("out_channels", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(**layout, model_channels=width, context_dim=context_dim, hint_channels=3, num_heads=8, dtype=torch.float32).eval()
+    randomise(network, seed)
+    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
+
+
+def controlled(cond, controlnet, hint_seed=0, strength=0.5):
+    """CONDITIONING with `controlnet` applied as the node ControlNetApplyAdvanced does it, with a random hint."""
+    import nodes
+
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(hint_seed))
+    return nodes.ControlNetApplyAdvanced().apply_controlnet(cond, cond, controlnet, hint, strength, 0.0, 1.0)[0]
