@@ -23,6 +23,8 @@ class Residual(nn.Module):
         self.norm = operations.GroupNorm(8, channels)
         self.conv1 = operations.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = operations.Conv2d(channels, channels, 3, padding=1)
+        # Each block starts as the identity; without this the net diverged at learning rates above 1e-3.
+        nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x):
         return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))

@@ -1,7 +1,7 @@
 """Training state shared by every member of the family: AdamW, an averaged copy, a learning-rate plan by the clock.
 
 The plan is warm-up, constant, then a linear cool-down over the last part of the minutes asked for. The state is saved
-before the cool-down starts, so a later call continues at the constant rate as if the earlier one had not stopped.
+every few minutes until the cool-down starts, so a later call continues at the constant rate as if the earlier one had not stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 WARMUP = 200  # steps
 COOLDOWN = 0.35  # fraction of the minutes asked for
+SAVE_EVERY = 300.0  # seconds
 
 
 class Trainer:
@@ -35,7 +36,7 @@ class Trainer:
         self.seed, self.seconds = seed, 60.0 * minutes
         self.start = self.reported = time.monotonic()
         self.losses: list[float] = []
-        self.saved_trunk = False
+        self.saved, self.cooling = self.start, False
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -64,6 +65,7 @@ class Trainer:
         for k, p in self.named.items():
             tensors |= {f"weight.{k}": p.detach(), f"average.{k}": self.average[k],
                         f"m.{k}": state[k]["exp_avg"], f"v.{k}": state[k]["exp_avg_sq"]}
+        self.saved = time.monotonic()
         partial = self.folder / "state.partial"
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
         partial.replace(self.folder / "state.safetensors")
@@ -78,10 +80,10 @@ class Trainer:
     def update(self, loss: torch.Tensor, images: int) -> bool:
         """Back-propagate `loss`, step, average; False once the minutes are used up."""
         progress = self.progress
-        if progress >= 1 - COOLDOWN and not self.saved_trunk:
-            self.saved_trunk = True
-            if self.step:
-                self.save()
+        cooling = progress >= 1 - COOLDOWN
+        if self.step and not self.cooling and (cooling or time.monotonic() - self.saved > SAVE_EVERY):
+            self.save()
+        self.cooling = cooling
         rate = min(1.0, (self.step + 1) / WARMUP) * min(1.0, max(0.0, (1 - progress) / COOLDOWN))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate

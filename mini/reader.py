@@ -28,8 +28,8 @@ class ReadObject:
     """One object as read. Names are None where no drawing explains the pixels; `color2` is "" for a plain fill.
 
     cx, cy, radius: pixels. tilt: radians. rgb, rgb2: 0..1, None like their names. mask: bool [H, W], the silhouette as the
-    pixels show it. residual: RMS colour error (0..1) per object pixel of the best drawing. confidence: 0..1, 0 at the limit
-    above which nothing is named.
+    pixels show it. residual: RMS error of the best drawing in units of the part's RMS contrast with the background.
+    confidence: 0..1, 0 at the limit above which nothing is named.
     """
 
     shape: str | None

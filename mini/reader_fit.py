@@ -16,13 +16,15 @@ from scipy import ndimage
 
 from .scenes import LINE, PATTERNS, SHAPES, STYLES, coverage, inside_distance, marks, nearest_color, polygon
 
-LIMIT = 0.16  # RMS colour error per object pixel above which a blob is nothing the grammar can draw
-UNEXPLAINED = 0.3  # the same for the fraction of the blob's contrast that the best drawing leaves
+LIMIT = 0.40  # RMS error, in units of the part's RMS contrast, above which a part is nothing the grammar can draw
 GRAY = 0.2  # below this saturation a colour has no name
 APART = 0.15  # RGB distance that two colours of one pattern keep at least
+FAINT = 0.3  # marks show at least this fraction of the first colour's contrast; blur bleeds less than that into an outline
+BLURS = (0.0, 0.8)  # pixels; a decoded picture's edges are softer than a drawing's
 PATTERN_COST = 3e-4  # mean squared error that a pattern must save against a plain fill
 RADII = (12.0, 36.0)  # pixels; beyond the grammar's 17 to 31 by what a sampler may stretch
 MAX_TILT = 0.3
+CIRCLE_TILTS = (-0.14, 0.0, 0.14)
 STEPS = np.array([0.3, 0.3, 0.3, 0.02])  # differences for the Jacobian: pixels, pixels, pixels, radians
 BANK_SIDE, BANK_REACH, BANK_TILTS = 40, 1.15, np.linspace(-0.24, 0.24, 9)
 
@@ -74,8 +76,8 @@ def bank() -> tuple[list[tuple[str, float]], np.ndarray]:
     return names, np.array(rows, np.float32)
 
 
-def silhouettes(mask: np.ndarray) -> tuple[list[tuple[str, np.ndarray]], float]:
-    """Start values: (shape, [cx, cy, radius, tilt]) of every shape, best overlap first, and that overlap (IoU)."""
+def silhouettes(mask: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Start values (shape, [cx, cy, radius, tilt]) of the shapes that overlap the part best (IoU), best first."""
     area = float(mask.sum())
     cy, cx = (c + 0.5 for c in ndimage.center_of_mass(mask))
     axis = ((np.arange(BANK_SIDE) + 0.5) / BANK_SIDE * 2 - 1) * BANK_REACH * np.sqrt(area)
@@ -94,7 +96,7 @@ def silhouettes(mask: np.ndarray) -> tuple[list[tuple[str, np.ndarray]], float]:
             # The centroid lies `drop` radii along the object's own v axis from the centre.
             starts[shape] = (float(iou[i]), np.array([cx + np.sin(tilt) * drop * radius, cy - np.cos(tilt) * drop * radius, radius, tilt]))
     best = max(score for score, _ in starts.values())
-    return [(shape, start) for shape, (score, start) in starts.items() if score > best - 0.12], best
+    return [(shape, start) for shape, (score, start) in starts.items() if score > best - 0.12]
 
 
 class Patch:
@@ -106,34 +108,35 @@ class Patch:
         right, bottom = min(mask.shape[1], xs.max() + 5), min(mask.shape[0], ys.max() + 5)
         box = np.s_[self.top:bottom, self.left:right]
         self.background = np.asarray(background, np.float64)
-        weight = ~ndimage.binary_dilation(others[box], iterations=2) if others.any() else np.ones(mask[box].shape, bool)
-        self.keep = weight.ravel()
-        self.target = (image[box].astype(np.float64) - self.background).reshape(-1, 3)[self.keep]
-        y, x = np.mgrid[self.top:bottom, self.left:right] + 0.5
-        self.x, self.y = x.ravel()[self.keep], y.ravel()[self.keep]
+        self.keep = ~ndimage.binary_dilation(others[box], iterations=2) if others.any() else np.ones(mask[box].shape, bool)
+        self.target = (image[box].astype(np.float64) - self.background)[self.keep]
+        self.y, self.x = np.mgrid[self.top:bottom, self.left:right] + 0.5
         self.area = float(mask.sum())
         self.total = float((self.target**2).sum())
+        self.blur = 0.0
 
     def frame(self, shape: str, p) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(signed distance, u, v) of the kept pixels for a shape at p = [cx, cy, radius, tilt]."""
+        """(signed distance, u, v) of the pixels [h, w] for a shape at p = [cx, cy, radius, tilt]."""
         cos, sin = np.cos(p[3]), np.sin(p[3])
         dx, dy = self.x - p[0], self.y - p[1]
         u, v = cos * dx + sin * dy, -sin * dx + cos * dy
         return inside_distance(shape, u, v, p[2]), u, v
 
-    @staticmethod
-    def layers(frame, pattern: str, style: str) -> np.ndarray:
-        """Coverages [1 or 2, pixels] of the colours, as `scenes.object_layers` draws them."""
+    def layers(self, frame, pattern: str, style: str) -> np.ndarray:
+        """Coverages [1 or 2, h, w] of the colours, as `scenes.object_layers` draws them, blurred as the picture is."""
         distance, u, v = frame
         silhouette = coverage(distance)
         second = None if pattern == "plain" else marks(pattern, style, u, v)
         if style == "flat":
-            return silhouette[None] if second is None else np.stack([silhouette * (1 - second), silhouette * second])
-        inner = coverage(distance - LINE)
-        return (silhouette - inner)[None] if second is None else np.stack([silhouette - inner, inner * second])
+            parts = [silhouette] if second is None else [silhouette * (1 - second), silhouette * second]
+        else:
+            inner = coverage(distance - LINE)
+            parts = [silhouette - inner] if second is None else [silhouette - inner, inner * second]
+        return np.stack([ndimage.gaussian_filter(part, self.blur, truncate=2.5) for part in parts] if self.blur else parts)
 
     def solve(self, layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(colours less background [n, 3], residual [pixels, 3]); colours are held within 0..1."""
+        layers = layers[:, self.keep]
         gram = layers @ layers.T + 1e-6 * np.eye(len(layers))
         colors = np.linalg.solve(gram, layers @ self.target)
         colors = (colors + self.background).clip(0, 1) - self.background
@@ -162,6 +165,19 @@ class Patch:
                 break
         return p
 
+    def settle(self, shape: str, pattern: str, style: str, p: np.ndarray, cost: float) -> tuple[np.ndarray, float]:
+        """(`p`, cost) with the blur that fits best now; the start values may have been too rough to tell."""
+        used = self.blur
+        for self.blur in BLURS:
+            if self.blur == used:
+                continue
+            q = self.refine(shape, pattern, style, p, 1)
+            other = self.cost(self.layers(self.frame(shape, q), pattern, style), pattern)
+            if other < cost:
+                return q, other
+        self.blur = used
+        return p, cost
+
     def candidates(self, shape: str, p: np.ndarray) -> list[tuple[float, str, str, str]]:
         """(cost, style, shape, pattern) of all patterns and styles at one geometry."""
         frame = self.frame(shape, p)
@@ -173,9 +189,19 @@ class Patch:
         cost = float((residual**2).sum()) / (3 * self.area)
         if pattern != "plain":
             cost = cost * 1.05 + PATTERN_COST
-            if np.linalg.norm(colors[0] - colors[1]) < APART or np.linalg.norm(colors[1]) < APART:
+            apart, contrast, marked = (np.linalg.norm(c) for c in (colors[0] - colors[1], *colors))
+            if apart < APART or marked < max(APART, FAINT * contrast):
                 cost += 1.0
         return cost
+
+    def named_colors(self, layers: np.ndarray, colors: np.ndarray) -> list[tuple[float, float, float]]:
+        """Colours 0..1 of the layers, from the core of each where it has one: what an edge mixes would shift the hue."""
+        out = []
+        for layer, solved in zip(layers, colors):
+            core = (layer > 0.8)[self.keep]
+            found = np.median(self.target[core], 0) if core.sum() >= 12 else solved
+            out.append(tuple(float(c) for c in (found + self.background).clip(0, 1)))
+        return out
 
 
 def color_name(rgb) -> str | None:
@@ -183,33 +209,46 @@ def color_name(rgb) -> str | None:
     return nearest_color(rgb) if colorsys.rgb_to_hsv(*rgb)[1] >= GRAY else None
 
 
+def start_values(patch: Patch, mask: np.ndarray) -> list[tuple[float, str, str, str, np.ndarray]]:
+    """(cost, style, shape, pattern, geometry) of all drawings whose silhouette comes near the part's, and the patch's blur set."""
+    starts = silhouettes(mask)[:3]
+    found = {}
+    for blur in BLURS:
+        patch.blur = blur
+        found[blur] = []
+        for shape, p in starts:
+            p[2] = np.clip(p[2], *RADII)
+            # A circle's outline says nothing about the tilt of its pattern.
+            for tilt in CIRCLE_TILTS if shape == "circle" else (p[3],):
+                q = np.array([*p[:3], tilt])
+                found[blur] += [(*c, q) for c in patch.candidates(shape, q)]
+    patch.blur = min(BLURS, key=lambda b: min(c[0] for c in found[b]))
+    return found[patch.blur]
+
+
 def fit_object(image: np.ndarray, background, mask: np.ndarray, others: np.ndarray) -> dict[str, Fit]:
     """The best Fit per style of the part `mask` (bool [H, W]); `others` are pixels of other parts, left out of the account."""
     patch = Patch(image, background, mask, others)
-    starts, _ = silhouettes(mask)
-    geometry, costs = {}, []
-    for shape, p in starts[:3]:
-        p[2] = np.clip(p[2], *RADII)
-        geometry[shape] = p
-        costs += patch.candidates(shape, p)
+    costs = start_values(patch, mask)
     fits = {}
     for style in STYLES:
-        ranked = sorted(c for c in costs if c[1] == style)
+        ranked = sorted((c for c in costs if c[1] == style), key=lambda c: c[0])
         results = []
-        # The runner-up is refined as well where the start values could have decided it.
-        for cost, _, shape, pattern in ranked[:3]:
+        # The runners-up are refined as well where the start values could have decided it.
+        for cost, _, shape, pattern, start in ranked[:3]:
             if cost > 2.0 * ranked[0][0] + 0.002:
                 continue
-            p = patch.refine(shape, pattern, style, geometry[shape], 3)
+            p = patch.refine(shape, pattern, style, start, 3)
             results += [(c, pattern, shape, p) for c, s, shape, pattern in patch.candidates(shape, p) if s == style]
         cost, pattern, shape, p = min(results, key=lambda r: r[0])
-        colors, residual = patch.solve(patch.layers(patch.frame(shape, p), pattern, style))
-        rms = float(np.sqrt((residual**2).sum() / (3 * patch.area)))
+        p, cost = patch.settle(shape, pattern, style, p, cost)
+        layers = patch.layers(patch.frame(shape, p), pattern, style)
+        colors, residual = patch.solve(layers)
+        rms = float(np.sqrt((residual**2).sum() / patch.total))
         cx, cy, radius, tilt = (float(x) for x in p)
-        if rms > LIMIT or (residual**2).sum() > UNEXPLAINED * patch.total:
+        if rms > LIMIT:
             fits[style] = Fit(None, None, None, None, cx, cy, radius, tilt, None, None, rms, cost)
             continue
-        rgb = tuple(float(c) for c in colors[0] + patch.background)
-        rgb2 = tuple(float(c) for c in colors[1] + patch.background) if pattern != "plain" else None
+        rgb, rgb2 = [*patch.named_colors(layers, colors), None][:2]
         fits[style] = Fit(shape, color_name(rgb), pattern, "" if rgb2 is None else color_name(rgb2), cx, cy, radius, tilt, rgb, rgb2, rms, cost)
     return fits

@@ -11,7 +11,7 @@ from .autoencoder import Autoencoder
 from .optim import Trainer
 from .scenes import SIZE, render, sample_scene
 
-BATCH, POOL, JITTER, LEARNING_RATE = 64, 16000, 0.05, 2e-3
+BATCH, POOL, JITTER, LEARNING_RATE = 32, 16000, 0.05, 1.2e-3
 TRAIN_SEED, HELD_OUT_SEED = 1_000_000, 50_000_000  # first seeds of the two sets; they never meet
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from .autoencoder import SCALE, Autoencoder
 from .captions import caption
-from .nets import new_text_encoder, new_unet, text_states
+from .nets import attention_for_training, new_text_encoder, new_unet, text_states
 from .optim import Trainer
 from .scenes import sample_scene
 from .tokens import GrammarTokens
 from .train_autoencoder import pictures
 
-BATCH, SCENES, LEARNING_RATE = 32, 60_000, 6e-4
+BATCH, SCENES, LEARNING_RATE = 32, 40_000, 6e-4
 TRAIN_SEED = 2_000_000
 OFFSET_NOISE, PROMPT_DROPOUT, UNKNOWN_WORDS, SNR_LIMIT = 0.12, 0.1, 0.02, 5.0
 
@@ -90,7 +90,8 @@ def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoe
         a = abar[t][:, None, None, None]
         with torch.autocast(device.type, torch.bfloat16):
             context = text_states(model["text"], ids)
-            predicted = model["unet"](a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context)
+            predicted = model["unet"](a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context,
+                                      transformer_options={"optimized_attention_override": attention_for_training})
         # Min-SNR weighting (Hang et al. 2023, eq. 5) for eps prediction: the last, nearly clean steps would crowd out layout.
         weight = (SNR_LIMIT * (1 - abar[t]) / abar[t]).clamp(max=1)
         loss = (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
