@@ -28,7 +28,7 @@ class Trainer:
     def __init__(self, module: torch.nn.Module, folder: Path, minutes: float, lr: float, seed: int, decay: float = 0.999):
         self.module, self.folder, self.lr, self.decay = module, Path(folder), lr, decay
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.named = dict(module.named_parameters())
+        self.named = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.average = {k: p.detach().clone() for k, p in self.named.items()}
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
         self.generator = torch.Generator().manual_seed(seed)

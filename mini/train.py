@@ -27,8 +27,10 @@ def shipped_autoencoder() -> Autoencoder:
 def train_autoencoder(folder: Path, args, device) -> None:
     from . import train_autoencoder as recipe
 
-    start = read_weights(WEIGHTS / "autoencoder.safetensors")[0] if args.from_shipped else None
-    state, metadata = recipe.train(folder, args.minutes, device, args.seed, start)
+    start = read_weights(WEIGHTS / "autoencoder.safetensors")[0] if args.from_shipped or args.decoder_only else None
+    if args.decoder_only:
+        folder = folder.with_name("autoencoder-decoder")
+    state, metadata = recipe.train(folder, args.minutes, device, args.seed, start, args.decoder_only)
     write_weights(args.output or WEIGHTS / "autoencoder.safetensors", state, metadata)
 
 
@@ -56,6 +58,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--from-shipped", action="store_true", help="start from mini/weights instead of from noise")
+    parser.add_argument("--decoder-only", action="store_true", help="autoencoder: keep the shipped encoder and improve its decoder")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier state in .train")
     parser.add_argument("--output", type=Path, default=None, help="where to write the weights (default mini/weights/NAME.safetensors)")
     args = parser.parse_args(argv)

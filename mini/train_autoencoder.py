@@ -35,15 +35,24 @@ def psnr(model: Autoencoder, held_out: torch.Tensor) -> float:
     return torch.cat(values).mean().item()
 
 
-def train(folder: Path, minutes: float, device: torch.device, seed: int = 0, weights: dict | None = None) -> tuple[dict, dict]:
-    """Train for `minutes`; returns (state dict of the averaged weights, metadata). `weights` is a state dict to start from."""
+def train(folder: Path, minutes: float, device: torch.device, seed: int = 0, weights: dict | None = None,
+          decoder_only: bool = False) -> tuple[dict, dict]:
+    """Train for `minutes`; returns (state dict of the averaged weights, metadata). `weights` is a state dict to start from.
+
+    decoder_only: keep the encoder and the statistics of `weights`, so that models trained on its latents stay valid.
+    """
     torch.manual_seed(seed)
     model = Autoencoder().to(device, memory_format=torch.channels_last)
     if weights:
         model.load_state_dict(weights)
         # Training works on raw latents: undo the normalisation that the shipped weights carry.
-        model.mean.zero_()
-        model.std.fill_(1)
+        if not decoder_only:
+            model.mean.zero_()
+            model.std.fill_(1)
+    if decoder_only:
+        if not weights:
+            raise ValueError("Training the decoder alone needs weights to start from; pass --from-shipped.")
+        model.encoder.requires_grad_(False)
     print(f"autoencoder: {sum(p.numel() for p in model.parameters())} parameters; drawing {POOL} scenes", flush=True)
     pool = pictures(TRAIN_SEED, POOL)
     trainer = Trainer(model, folder, minutes, LEARNING_RATE, seed)
@@ -62,10 +71,11 @@ def train(folder: Path, minutes: float, device: torch.device, seed: int = 0, wei
         going = trainer.update(loss, BATCH)
     trainer.report()
     model.load_state_dict(trainer.averaged())
-    with torch.inference_mode():
-        raw = torch.cat([model.encoder(b.to(device).float() / 127.5 - 1) for b in pool[:2000].split(100)])
-    model.mean.copy_(raw.mean((0, 2, 3)))
-    model.std.copy_(raw.std((0, 2, 3)))
+    if not decoder_only:
+        with torch.inference_mode():
+            raw = torch.cat([model.encoder(b.to(device).float() / 127.5 - 1) for b in pool[:2000].split(100)])
+        model.mean.copy_(raw.mean((0, 2, 3)))
+        model.std.copy_(raw.std((0, 2, 3)))
     model.cpu().eval()
     quality = psnr(model, pictures(HELD_OUT_SEED, 256))
     print(f"autoencoder: PSNR {quality:.2f} dB on 256 held-out scenes", flush=True)
