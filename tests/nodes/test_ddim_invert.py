@@ -21,7 +21,11 @@ class Decoder:
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_sd15()
+    model = tiny_sd15()
+    # random weights answer a change of their input far more sharply than trained ones; a smaller output makes steps invertible
+    with torch.no_grad():
+        model.model.diffusion_model.out[2].weight.mul_(0.05)
+    return model
 
 
 @pytest.fixture(scope="module")
