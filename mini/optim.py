@@ -51,6 +51,8 @@ class Trainer:
             for k, p in self.named.items():
                 p.copy_(tensors[f"weight.{k}"])
                 self.average[k].copy_(tensors[f"average.{k}"])
+                if f"m.{k}" not in tensors:
+                    continue
                 self.optimizer.state[p] = {"step": torch.tensor(float(counters["step"])),
                                            "exp_avg": tensors[f"m.{k}"].to(p.device), "exp_avg_sq": tensors[f"v.{k}"].to(p.device)}
         self.step, self.images = counters["step"], counters["images"]
@@ -60,11 +62,12 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        state = {k: self.optimizer.state[p] for k, p in self.named.items()}
         tensors = {}
         for k, p in self.named.items():
-            tensors |= {f"weight.{k}": p.detach(), f"average.{k}": self.average[k],
-                        f"m.{k}": state[k]["exp_avg"], f"v.{k}": state[k]["exp_avg_sq"]}
+            tensors |= {f"weight.{k}": p.detach(), f"average.{k}": self.average[k]}
+            # A weight that the loss never reached (the text projection, say) has no moments.
+            if state := self.optimizer.state.get(p):
+                tensors |= {f"m.{k}": state["exp_avg"], f"v.{k}": state["exp_avg_sq"]}
         self.saved = time.monotonic()
         partial = self.folder / "state.partial"
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
