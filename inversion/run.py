@@ -126,6 +126,8 @@ def run_inversion(
             nonlocal done
             comfy.model_management.throw_exception_if_processing_interrupted()
             denoised = denoise(latents, level, **extra_args)
+            # asked again here because older hosts do not ask inside the network, and this may have been the last call
+            comfy.model_management.throw_exception_if_processing_interrupted()
             show(min(done, total_calls - 1), denoised, latents, total_calls)
             done += 1
             record.calls += 1
