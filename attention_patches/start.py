@@ -15,7 +15,7 @@ from . import host
 
 SAME_SIGMA = 1e-4  # relative; the host's and other packages' schedules agree to about 1e-6
 SAME_LATENT = 1e-4  # of the largest value; a LATENT on the wire went through the latent scale factor and back
-NEAR_STEP = 0.85  # of the trajectory's first step, see `near_top`
+NEAR_STEP = 0.84  # of the trajectory's first step, see `near_top`
 
 
 def near_top(sigma: float, sigmas: Tensor, timestep) -> bool:

@@ -43,7 +43,7 @@ def other_model(name):
 
         config = supported.SVD_img2vid({**SD15_LAYOUT, "model_channels": 64, "context_dim": 64, "in_channels": 8, "num_classes": "sequential", "adm_in_channels": 768,
                                         "use_temporal_attention": True, "use_temporal_resblock": True, "extra_ff_mix_layer": True, "use_spatial_context": True,
-                                        "merge_strategy": "learned_with_images", "dtype": torch.float32})
+                                        "merge_strategy": "learned_with_images", "video_kernel_size": [3, 1, 1], "dtype": torch.float32})
         return patcher(comfy.model_base.SVD_img2vid(config))
     cls, unet = small
     return patcher(cls({**unet, "dtype": torch.float32}).get_model({}))

@@ -40,7 +40,7 @@ def test_denoise_below_one_is_refused(edited, positive, negative, start, denoise
 
 
 def test_denoise_just_below_one_is_refused_at_usual_step_counts(model, positive, negative):
-    path = tiny_trajectory(model, steps=20, size=(8, 8))
+    path = tiny_trajectory(model, steps=20)
     edited, _ = apply_pnp(model, path)
     with pytest.raises(ValueError, match="set denoise to 1"):
         ksampler(edited, start_latent(path, model)["samples"], positive, negative, steps=20, denoise=0.95)
@@ -70,7 +70,7 @@ def test_another_latent_starts_from_random_noise_and_says_so(model, trajectory, 
 @pytest.mark.parametrize("sampler", ["dpm_2", "uni_pc", "heun"])
 @pytest.mark.parametrize("steps", [4, 5])
 def test_samplers_whose_schedule_starts_off_the_trajectory_are_not_refused(model, positive, negative, sampler, steps):
-    path = tiny_trajectory(model, steps=steps, size=(8, 8), scheduler="ddim_uniform")
+    path = tiny_trajectory(model, steps=steps, scheduler="ddim_uniform")
     edited, _ = apply_pnp(model, path)
     out = ksampler(edited, start_latent(path, model)["samples"], positive, negative, steps=steps, sampler=sampler, scheduler="ddim_uniform")
     assert torch.isfinite(out).all()
@@ -86,6 +86,8 @@ def test_full_schedules_and_cut_ones_are_told_apart(model, scheduler, steps):
     assert near_top(float(dropped), sigmas, sampling.timestep), "dpm_2 and uni_pc make one step more and drop one"
     for denoise in (0.9, 0.75, 0.5):
         longer = int(steps / denoise)
+        if longer == steps:  # the host's own rounding: nothing is cut
+            continue
         cut = schedule(model, longer, scheduler)[-(steps + 1)]
         # ddim_uniform makes a step more where the count does not divide 1000, so a small cut may fall into the tolerance
         if scheduler != "ddim_uniform" or denoise < 0.8:

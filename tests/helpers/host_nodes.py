@@ -8,9 +8,8 @@ import importlib
 def run_node(module: str, name: str, *args, **kwargs):
     """First output of comfy_extras.<module>.<name>."""
     cls = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
-    if hasattr(cls, "execute"):
-        return cls.execute(*args, **kwargs).args[0]
-    return getattr(cls(), cls.FUNCTION)(*args, **kwargs)[0]
+    out = cls.execute(*args, **kwargs) if hasattr(cls, "execute") else getattr(cls(), cls.FUNCTION)(*args, **kwargs)
+    return getattr(out, "args", out)[0]  # V3 nodes return a NodeOutput or, as V1 nodes, a tuple
 
 
 def free_u(model):

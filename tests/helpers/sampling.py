@@ -45,6 +45,15 @@ def custom_advanced(model, latent, positive, negative, sigmas, *, cfg=4.0, sampl
     return guider.sample(noise, samples, chosen, sigmas, denoise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed)
 
 
+def no_free_memory(monkeypatch) -> None:
+    """Make the host believe that memory is short, so that it runs every piece of conditioning in a call of its own."""
+
+    def free(dev=None, torch_free_too=False):
+        return (1, 1) if torch_free_too else 1
+
+    monkeypatch.setattr("comfy.model_management.get_free_memory", free)
+
+
 class Watch:
     """Adds a wrapper inside ours and notes every conditioning call and the run's state.
 
