@@ -14,14 +14,17 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-from .scenes import LINE, PATTERNS, SHAPES, STYLES, coverage, inside_distance, marks, nearest_color, polygon
+from .scenes import COLORS, LINE, PATTERNS, SHAPES, STYLES, coverage, inside_distance, marks, polygon
 
-LIMIT = 0.40  # RMS error, in units of the part's RMS contrast, above which a part is nothing the grammar can draw
-GRAY = 0.2  # below this saturation a colour has no name
+OVERLAP = 0.8  # IoU of the part and the drawing's silhouette, below which the same holds
+LIMIT = 0.5  # RMS error, in units of the part's RMS contrast, above which a part is nothing the grammar can draw
+GRAY = 0.12  # below this saturation a colour has no name
 APART = 0.15  # RGB distance that two colours of one pattern keep at least
-FAINT = 0.3  # marks show at least this fraction of the first colour's contrast; blur bleeds less than that into an outline
-BLURS = (0.0, 0.8)  # pixels; a decoded picture's edges are softer than a drawing's
+FAINT = 0.15  # marks show at least this fraction of the first colour's contrast
+SAME = 0.96  # cosine above which faint marks are the outline's own colour that blur let bleed inside
+BLURS = (0.0, 1.0)  # pixels; a decoded picture's edges are softer than a drawing's
 PATTERN_COST = 3e-4  # mean squared error that a pattern must save against a plain fill
+MIXTURES, MIXTURE_COST = np.linspace(0.5, 1.0, 6), 0.15  # how pure a decoded colour may be, and what impurity costs
 RADII = (12.0, 36.0)  # pixels; beyond the grammar's 17 to 31 by what a sampler may stretch
 MAX_TILT = 0.3
 CIRCLE_TILTS = (-0.14, 0.0, 0.14)
@@ -111,7 +114,7 @@ class Patch:
         self.keep = ~ndimage.binary_dilation(others[box], iterations=2) if others.any() else np.ones(mask[box].shape, bool)
         self.target = (image[box].astype(np.float64) - self.background)[self.keep]
         self.y, self.x = np.mgrid[self.top:bottom, self.left:right] + 0.5
-        self.area = float(mask.sum())
+        self.mask, self.area = mask[box], float(mask.sum())
         self.total = float((self.target**2).sum())
         self.blur = 0.0
 
@@ -189,24 +192,44 @@ class Patch:
         cost = float((residual**2).sum()) / (3 * self.area)
         if pattern != "plain":
             cost = cost * 1.05 + PATTERN_COST
-            apart, contrast, marked = (np.linalg.norm(c) for c in (colors[0] - colors[1], *colors))
-            if apart < APART or marked < max(APART, FAINT * contrast):
+            apart, contrast, marked = (np.linalg.norm(c) + 1e-9 for c in (colors[0] - colors[1], *colors))
+            bled = colors[0] @ colors[1] > SAME * contrast * marked and marked < 0.6 * contrast
+            if bled or apart < APART or marked < max(APART, FAINT * contrast):
                 cost += 1.0
         return cost
 
-    def named_colors(self, layers: np.ndarray, colors: np.ndarray) -> list[tuple[float, float, float]]:
+    def overlap(self, shape: str, p) -> float:
+        """IoU of the part and the drawing's silhouette."""
+        drawn = self.frame(shape, p)[0] > 0
+        return float((drawn & self.mask).sum() / (drawn | self.mask).sum())
+
+    def core_colors(self, layers: np.ndarray, colors: np.ndarray) -> list[np.ndarray]:
         """Colours 0..1 of the layers, from the core of each where it has one: what an edge mixes would shift the hue."""
         out = []
         for layer, solved in zip(layers, colors):
             core = (layer > 0.8)[self.keep]
             found = np.median(self.target[core], 0) if core.sum() >= 12 else solved
-            out.append(tuple(float(c) for c in (found + self.background).clip(0, 1)))
+            out.append((found + self.background).clip(0, 1))
         return out
 
 
-def color_name(rgb) -> str | None:
-    """The colour's name, None for a gray."""
-    return nearest_color(rgb) if colorsys.rgb_to_hsv(*rgb)[1] >= GRAY else None
+def color_name(rgb: np.ndarray, other: np.ndarray) -> str | None:
+    """The name of a colour that an autoencoder may have mixed with the one beside it, `other`; None for a gray.
+
+    A mixture keeps the direction from `other`, not the hue: a pink mark on beige decodes to a pale red.
+    """
+    if colorsys.rgb_to_hsv(*rgb)[1] < GRAY:
+        return None
+    pure = MIXTURES[:, None, None]
+    mixed = other + pure * (prototypes() - other)
+    distance = ((rgb - mixed) ** 2).sum(2) + MIXTURE_COST * (1 - pure[..., 0]) ** 2
+    return list(COLORS)[int(distance.min(0).argmin())]
+
+
+@lru_cache(maxsize=1)
+def prototypes() -> np.ndarray:
+    """RGB [names, 3] of the middle of each colour name."""
+    return np.array([colorsys.hsv_to_rgb(hue / 360, saturation, value) for hue, saturation, value in COLORS.values()])
 
 
 def start_values(patch: Patch, mask: np.ndarray) -> list[tuple[float, str, str, str, np.ndarray]]:
@@ -246,9 +269,13 @@ def fit_object(image: np.ndarray, background, mask: np.ndarray, others: np.ndarr
         colors, residual = patch.solve(layers)
         rms = float(np.sqrt((residual**2).sum() / patch.total))
         cx, cy, radius, tilt = (float(x) for x in p)
-        if rms > LIMIT:
+        if rms > LIMIT or patch.overlap(shape, p) < OVERLAP:
             fits[style] = Fit(None, None, None, None, cx, cy, radius, tilt, None, None, rms, cost)
             continue
-        rgb, rgb2 = [*patch.named_colors(layers, colors), None][:2]
-        fits[style] = Fit(shape, color_name(rgb), pattern, "" if rgb2 is None else color_name(rgb2), cx, cy, radius, tilt, rgb, rgb2, rms, cost)
+        rgb, rgb2 = [*patch.core_colors(layers, colors), None][:2]
+        # What lies beside: the ground for lines, the other colour for a filled pattern.
+        beside = [patch.background] * 2 if style == "outline" or rgb2 is None else [rgb2, rgb]
+        color, color2 = color_name(rgb, beside[0]), "" if rgb2 is None else color_name(rgb2, beside[1])
+        rgb, rgb2 = (None if c is None else tuple(float(x) for x in c) for c in (rgb, rgb2))
+        fits[style] = Fit(shape, color, pattern, color2, cx, cy, radius, tilt, rgb, rgb2, rms, cost)
     return fits
