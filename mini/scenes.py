@@ -93,10 +93,17 @@ def sample_background(rng: random.Random, name: str) -> tuple[float, float, floa
     return tuple(min(1.0, max(0.0, c + shift + rng.uniform(-0.01, 0.01))) for c in BACKGROUNDS[name])
 
 
-def sample_object(rng: random.Random) -> Object:
-    shape, color, pattern = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(PATTERNS)
-    other = rng.choice([c for c in COLORS if c != color])
-    size, place = rng.choice(list(SIZES)), rng.choice(list(PLACES))
+def sample_object(rng: random.Random, wanted: dict[str, str] | None = None) -> Object:
+    """An object whose attributes are drawn, those in `wanted` (attribute: word) given. What is drawn for the rest does not depend on them."""
+    wanted = wanted or {}
+
+    def choose(attribute: str, words: list[str]) -> str:
+        drawn = rng.choice(words)
+        return wanted.get(attribute, drawn)
+
+    shape, color, pattern = choose("shape", list(SHAPES)), choose("color", list(COLORS)), choose("pattern", list(PATTERNS))
+    other = choose("color2", [c for c in COLORS if c != color])
+    size, place = choose("size", list(SIZES)), choose("place", list(PLACES))
     radius = rng.uniform(*SIZES[size])
     margin = radius * EXTENT + 2
     cx, cy = (min(SIZE - margin, max(margin, c + rng.uniform(-5, 5))) for c in PLACES[place])
