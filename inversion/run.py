@@ -23,6 +23,11 @@ from .ddim import InversionStep, invert
 from .trajectory import Trajectory, describe_model, start_latent
 
 PREVIEWS = 8
+MASK_NOTE = (
+    "the noise mask is kept in the trajectory and comes out of PnP Injector; the noise output has none, "
+    "because a sampler keeps its starting latent outside a mask, and here that is noise"
+)
+EMPTY_NOTE = "the latent is all zeros, as Empty Latent Image makes it; connect VAE Encode to invert a picture"
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def run_inversion(
     The noise levels are those of a stock sampler with the same steps and scheduler, or `sigmas` [K], turned
     round. negative is needed only for guidance other than 1. iterations and convention: see
     `ddim.invert_step`. A noise_mask does not restrict the inversion: the whole latent is inverted and the mask
-    travels on, so that the later sampler blends against the same picture.
+    travels on in the trajectory, for the nodes that know how to keep the picture outside it.
 
     Raises ValueError, one sentence, for input that cannot be inverted, and the host's interrupt on Cancel;
     nothing is left behind in either case.
@@ -102,6 +107,10 @@ def run_inversion(
     samples = check_latent(model, latent)
     check_conditioning(positive, negative, guidance)
     levels, notes = inversion_sigmas(model, steps, scheduler, sigmas)
+    if latent.get("noise_mask") is not None:
+        notes.append(MASK_NOTE)
+    if not bool(samples.any()):
+        notes.append(EMPTY_NOTE)
     if not 0 <= iterations <= 5:
         raise ValueError(f"DDIM Invert takes 0 to 5 refinement iterations, but got {iterations}.")
 

@@ -34,7 +34,7 @@ class DDIMInvert(io.ComfyNode):
                 io.Model.Input("model", tooltip="The SD1.x, SD2.x or SDXL model that will also sample afterwards. Others are refused by name."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="The picture to invert, from VAE Encode; any batch size. A noise mask is carried along to the outputs; "
+                    tooltip="The picture to invert, from VAE Encode; any batch size. A noise mask is carried along in the trajectory; "
                     "the inversion itself covers the whole latent.",
                 ),
                 io.Conditioning.Input("positive", tooltip="A prompt that describes the picture. An empty prompt works too and inverts a little less exactly."),
@@ -124,6 +124,8 @@ class DDIMInvert(io.ComfyNode):
         report = describe(trajectory)
         film_strip = cls.draw(model, inversion, vae)
         noise = {**latent_image, **start_latent(trajectory, model)}
+        # outside a mask the host keeps the sampler's latent, and here that is noise; see run.MASK_NOTE
+        noise.pop("noise_mask", None)
         return io.NodeOutput(noise, trajectory, report, film_strip, ui=show(cls, report, film_strip))
 
     @staticmethod

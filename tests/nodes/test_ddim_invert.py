@@ -49,6 +49,39 @@ def test_outputs_in_the_order_of_the_schema(model, latent, inverted):
     assert 0 <= film_strip.min() and film_strip.max() <= 1
 
 
+def test_a_plain_sampler_returns_to_a_masked_picture(model, latent):
+    """The host keeps latent_image outside a mask, which is noise here: a mask on the noise output left noise in the picture."""
+    import comfy.sample
+
+    samples = latent["samples"][:1]
+    mask = torch.zeros(1, 96, 128)
+    mask[:, 48:] = 1
+    noise, trajectory, report, _ = DDIMInvert.execute(model, {"samples": samples, "noise_mask": mask}, tiny_cond(), **{**SETTINGS, "iterations": 3}).args
+    start = noise["samples"]
+    back = comfy.sample.sample(
+        model,
+        torch.zeros_like(start),
+        5,
+        1.0,
+        "euler",
+        "ddim_uniform",
+        tiny_cond(),
+        tiny_cond(),
+        start,
+        disable_noise=True,
+        noise_mask=noise.get("noise_mask"),
+        seed=0,
+    )
+    kept = slice(0, 6)  # outside the mask
+    assert (back - samples)[:, :, kept].norm() < 0.2 * (start - samples)[:, :, kept].norm()
+    assert torch.equal(trajectory.noise_mask, mask) and "mask" in report
+
+
+def test_an_empty_latent_is_remarked(model):
+    report = DDIMInvert.execute(model, {"samples": torch.zeros(1, 4, 8, 8)}, tiny_cond(), **SETTINGS).args[2]
+    assert "VAE Encode" in report
+
+
 def test_the_node_shows_text_and_pictures(inverted):
     assert inverted.ui["text"] == (inverted.args[2],)
     assert len(inverted.ui["images"]) == 2
