@@ -39,10 +39,10 @@ def precompute(folder: Path, autoencoder: Autoencoder, count: int = SCENES) -> t
         return load_file(file)["latents"]
     parts = []
     for start in range(0, count, 2000):
-        batch = pictures(TRAIN_SEED + start, 2000)
+        batch = pictures(TRAIN_SEED + start, min(2000, count - start))
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             parts += [(autoencoder.encode(b.float() / 127.5 - 1) * SCALE).half() for b in batch.split(100)]
-        print(f"latents: {start + 2000} of {count}", flush=True)
+        print(f"latents: {start + len(batch)} of {count}", flush=True)
     latents = torch.cat(parts).clone()
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({"latents": latents}, file)
