@@ -168,6 +168,28 @@ def test_guidance_uses_the_negative(model):
     assert guided.guidance == 3.0 and not torch.allclose(plain.latents[-1], guided.latents[-1], atol=1e-2)
 
 
+def test_controlnet_in_the_conditioning_runs_and_is_cleaned_up(model):
+    """Without a negative the host divided by zero when an empty list stood next to a ControlNet for both sides."""
+    import comfy.controlnet
+
+    class Control(comfy.controlnet.ControlBase):
+        asked, cleaned = 0, 0
+
+        def get_control(self, *args, **kwargs):
+            Control.asked += 1
+
+        def get_models(self):
+            return []
+
+        def cleanup(self):
+            Control.cleaned += 1
+
+    positive = [[tiny_cond()[0][0], {"control": Control(), "control_apply_to_uncond": True}]]
+    path = invert(model, positive=positive)
+    assert torch.equal(path.latents, invert(model).latents)
+    assert Control.asked == STEPS and Control.cleaned >= 1
+
+
 def test_own_sigmas_replace_steps_and_scheduler(model):
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 5)
     path = invert(model, sigmas=sigmas)
