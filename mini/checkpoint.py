@@ -96,7 +96,7 @@ def load_vae(weights: dict[str, torch.Tensor]):
     vae = comfy.sd.VAE(sd=stand_in, config={"params": params})
     net = Autoencoder(comfy.ops.manual_cast)
     net.load_state_dict(weights)
-    vae.first_stage_model = net.eval().to(vae.vae_dtype)
+    vae.first_stage_model = net.eval().requires_grad_(False).to(vae.vae_dtype)
     vae.patcher = comfy.model_patcher.ModelPatcher(net, load_device=vae.device, offload_device=vae.patcher.offload_device)
     # Bytes the host should set free first: an upper bound of 200 live values per pixel of the picture (the net's widest
     # layers hold 6 each); the host's own estimate is for a net four times as wide at full size.
@@ -107,9 +107,16 @@ def load_vae(weights: dict[str, torch.Tensor]):
 
 def load(name: str):
     """(MODEL, CLIP, VAE) of the shipped member `name`. Raises ValueError when a weights file is missing or damaged."""
-    weights, _ = read_weights(WEIGHTS / f"{name}.safetensors")
-    autoencoder, _ = read_weights(WEIGHTS / "autoencoder.safetensors")
-    return load_model(weights), load_clip(weights), load_vae(autoencoder)
+    found = []
+    for file, parts in ((f"{name}.safetensors", (load_model, load_clip)), ("autoencoder.safetensors", (load_vae,))):
+        weights, _ = read_weights(WEIGHTS / file)
+        try:
+            found += [part(weights) for part in parts]
+        # KeyError: tensors missing; RuntimeError: torch's list of all keys and shapes that do not fit
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"The mini weights {file} are whole, but {file} holds other weights than this pack expects; reinstall the pack.") from error
+    model, clip, vae = found
+    return model, clip, vae
 
 
 __all__ = ["END", "START", "load", "load_clip", "load_model", "load_vae", "names"]
