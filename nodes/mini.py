@@ -145,7 +145,7 @@ class MiniScene(io.ComfyNode):
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The scene, 128 x 128 pixels."),
                 io.Mask.Output("masks", display_name="masks", tooltip="One silhouette per object, in the order of the caption."),
-                io.String.Output("caption", display_name="caption", tooltip="A caption in words the mini checkpoint knows: the source prompt."),
+                io.String.Output("source_caption", display_name="caption", tooltip="A caption in words the mini checkpoint knows: the source prompt."),
                 io.Image.Output("edited_image", display_name="edited_image", tooltip="The twin with one attribute changed: what a perfect edit would look like."),
                 io.String.Output("edited_caption", display_name="edited_caption", tooltip="The twin's caption, the same words but for the edit: the target prompt."),
             ],
