@@ -106,6 +106,9 @@ class Trainer:
         return progress < 1
 
     def report(self) -> None:
+        # The last update may just have reported.
+        if not self.losses:
+            return
         now = time.monotonic()
         rate = len(self.losses) * (self.images / max(1, self.step)) / (now - self.reported)
         mean = sum(self.losses) / len(self.losses)

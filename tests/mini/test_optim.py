@@ -1,0 +1,128 @@
+"""The trainer: stops and goes on where it was, cools down by the clock, averages."""
+import json
+
+import pytest
+import torch
+
+from palimpsest.mini import optim
+
+
+class Clock:
+    """time.monotonic that moves when told."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(optim.time, "monotonic", clock)
+    return clock
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Linear(3, 2)
+
+
+def steps(trainer, count):
+    generator = torch.Generator().manual_seed(trainer.step)
+    going = True
+    for _ in range(count):
+        x = torch.randn(8, 3, generator=generator)
+        going = trainer.update((trainer.module(x) - x[:, :2]).square().mean(), 8)
+    return going
+
+
+def test_a_stopped_run_resumes_with_its_counters_weights_and_moments(tmp_path, clock):
+    first = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    steps(first, 20)
+    first.save()
+    second = optim.Trainer(net(9), tmp_path, 10, 1e-2, seed=0)
+    assert second.resume()
+    assert (second.step, second.images) == (20, 160)
+    for key in first.named:
+        assert torch.equal(first.named[key], second.named[key])
+        assert torch.equal(first.average[key], second.average[key])
+    steps(first, 5)
+    steps(second, 5)
+    for key in first.named:
+        assert torch.allclose(first.named[key], second.named[key], atol=1e-6), "the optimiser's moments came back too"
+
+
+def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path):
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    assert not trainer.resume() and trainer.step == 0
+
+
+def test_the_learning_rate_warms_up_holds_and_cools_down(tmp_path, clock):
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+
+    def rate():
+        steps(trainer, 1)
+        return trainer.optimizer.param_groups[0]["lr"]
+
+    assert rate() == pytest.approx(1e-2 / optim.WARMUP)
+    trainer.step = optim.WARMUP
+    assert rate() == pytest.approx(1e-2)
+    clock.now += 600 * (1 - optim.COOLDOWN / 2)
+    assert rate() == pytest.approx(0.5e-2)
+
+
+def test_it_ends_when_the_minutes_are_used_up(tmp_path, clock):
+    trainer = optim.Trainer(net(), tmp_path, 1, 1e-2, seed=0)
+    assert steps(trainer, 3)
+    clock.now += 61
+    assert not steps(trainer, 1)
+
+
+def test_the_state_before_the_cool_down_is_kept_for_going_on(tmp_path, clock):
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    steps(trainer, 10)
+    clock.now += 600 * (1 - optim.COOLDOWN) + 1
+    steps(trainer, 1)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 10
+    clock.now += 100
+    steps(trainer, 30)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 10, "cooled weights are no place to go on from"
+
+
+def test_the_average_follows_and_is_what_is_shipped(tmp_path, clock):
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-1, seed=0, decay=0.9)
+    start = {k: v.clone() for k, v in trainer.average.items()}
+    steps(trainer, 30)
+    averaged = trainer.averaged()
+    assert averaged.keys() == trainer.module.state_dict().keys()
+    for key in start:
+        assert not torch.equal(averaged[key], start[key])
+        assert not torch.equal(averaged[key], trainer.named[key])
+
+
+def test_weights_without_gradient_do_not_stop_saving(tmp_path, clock):
+    """Regression: the text projection has no gradient and so no moments, and saving the state failed."""
+    module = torch.nn.ModuleDict({"used": net(), "unused": net(1)})
+    trainer = optim.Trainer(module, tmp_path, 10, 1e-2, seed=0)
+    trainer.update(module["used"](torch.ones(1, 3)).sum(), 1)
+    trainer.save()
+    assert optim.Trainer(module, tmp_path, 10, 1e-2, seed=0).resume()
+
+
+def test_the_curve_is_logged(tmp_path, clock):
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    steps(trainer, 4)
+    clock.now += 16
+    steps(trainer, 1)
+    step, images, loss = (tmp_path / "curve.csv").read_text().strip().split(",")
+    assert (int(step), int(images)) == (5, 40) and float(loss) > 0
+
+
+def test_a_report_right_after_a_report_says_nothing(tmp_path, clock):
+    """Regression: where the last step had just reported, the report at the end divided by zero and the whole run was lost."""
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    clock.now += 16
+    steps(trainer, 1)
+    trainer.report()
+    assert len((tmp_path / "curve.csv").read_text().splitlines()) == 1
