@@ -5,6 +5,7 @@ Everything here uses public names of ComfyUI (0.3.52 and 0.3.75). When the host 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from typing import Any, Callable
@@ -57,12 +58,14 @@ def options_with_attention_patch(transformer_options: dict, patch: Callable) -> 
     return {**transformer_options, "patches": patches}
 
 
-def opaque(function: Callable) -> Callable:
-    """Keep torch.compile from tracing `function`: its Python state would be frozen into the graph, or retraced every step.
+def uncompiled():
+    """Context in which torch.compile's graphs are left aside, for UNet calls that carry our patches.
 
-    Costs nothing, and imports nothing, while nobody compiles.
+    A graph compiled without forward hooks is reused when hooks are there, silently and wrongly: torch does not guard on them.
+    Costs nothing, and imports nothing, while nobody compiles. Needs torch 2.6.
     """
-    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+    compiling = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
 
 
 def residual_convolution(base_model, part: str, number: int) -> torch.nn.Module:

@@ -69,7 +69,6 @@ class RunState:
         self.extras: dict[int, list[dict]] = {}
         # a UNet call is known by its thread: multi-GPU hosts run the chunks of one step in several
         self._calls: dict[int, Call] = {}
-        self._attention_patch = host.opaque(self._inject_attention)
         self._hooks: dict[Point, Callable] = {}
 
     def __deepcopy__(self, memo: dict) -> "RunState":
@@ -110,7 +109,7 @@ class RunState:
         all_conds = [*conds, *(self.extras[key] for key in extras)]
         plan = self._plan(executor, model, all_conds, roles + (None,) * len(extras), sigma, x, timestep, model_options)
         options = model_options if plan is None else host.options_with_apply_wrapper(model_options, self._apply_model, **{host.PLAN: plan})
-        out = executor(model, all_conds, x, timestep, options)
+        out = list(executor(model, all_conds, x, timestep, options))
         for i, edit in combining:
             extra = out[len(conds) + extras.index(id(edit.extra_conditioning()))]
             out[i] = edit.combine(roles[i], sigma, out[i], extra)
@@ -136,17 +135,21 @@ class RunState:
         order = transformer_options.get("cond_or_uncond")
         if plan is None or not order or x.shape[0] % len(order):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
+        call = self._describe(plan, x, order, transformer_options)
+        if any((x.shape[-2], x.shape[-1]) != ((area.height, area.width) if area else call.picture) for area in call.areas):
+            self.once("cut", "another node cuts the picture into tiles whose place is not known: nothing is injected there", warn=True)
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
         thread = threading.get_ident()
-        self._calls[thread] = self._describe(plan, x, order, transformer_options)
-        # the attention patch goes in even for conv features alone: with it compiled models tell this call from a plain one
-        options = host.options_with_attention_patch(transformer_options, self._attention_patch)
+        self._calls[thread] = call
+        options = host.options_with_attention_patch(transformer_options, self._inject_attention)
         handles: list[Any] = []
         try:
             for point in plan.at:
                 if point.kind == "resblock":
                     module = host.residual_convolution(executor.class_obj, point.part, point.number)
                     handles.append(module.register_forward_hook(self._hook(point)))
-            return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
+            with host.uncompiled():
+                return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -171,7 +174,7 @@ class RunState:
                     output = self._guarded(lambda h=output, e=edit, s=source: e.resblock(point, h, s), output)
                 return output
 
-            self._hooks[point] = host.opaque(inject)
+            self._hooks[point] = inject
         return self._hooks[point]
 
     def _inject_attention(self, n, context, value, extra_options, **kwargs):
@@ -198,7 +201,7 @@ class RunState:
         try:
             return rewrite()
         except LayoutMismatch as mismatch:
-            self.once("layout", f"nothing is injected where another node cuts the picture or the batch ({mismatch})", warn=True)
+            self.once("layout", f"nothing is injected where another node changes the picture or the batch inside the UNet ({mismatch})", warn=True)
             return unchanged
 
 

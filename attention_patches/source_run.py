@@ -35,9 +35,8 @@ class SourceRun:
         self.store = FeatureStore()
         self.branches: dict[str, list[dict]] = {}
         self._wanted: tuple[Point, ...] = ()
+        self._shape: tuple[int, ...] = ()
         self._taken: dict[Point, Feature] = {}
-        # callables are made once per run, so that compiled models do not see new ones every step
-        self._attention_patch = host.opaque(self._capture_attention)
         self._hooks: dict[Point, Callable] = {}
 
     def prepare(self, model, device: torch.device, seed: int | None) -> None:
@@ -89,7 +88,7 @@ class SourceRun:
         return features
 
     def _run_branch(self, executor, model, entry: dict, latents: Tensor, timestep: Tensor, model_options: dict, wanted: tuple[Point, ...]) -> dict[Point, Feature]:
-        self._wanted, self._taken = wanted, {}
+        self._wanted, self._shape, self._taken = wanted, tuple(latents.shape), {}
         options = host.options_with_apply_wrapper(model_options, self._apply_model)
         self.counters.source_calls += 1
         self.counters.source_rows += latents.shape[0]
@@ -102,14 +101,19 @@ class SourceRun:
         return taken
 
     def _apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs):
-        options = host.options_with_attention_patch(transformer_options, self._attention_patch)
+        if tuple(x.shape) != self._shape:
+            # features of a tile would pass for those of the picture
+            self.once("cut source", "another node cuts the source's picture into tiles: nothing is injected there", warn=True)
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
+        options = host.options_with_attention_patch(transformer_options, self._capture_attention)
         convolutions = [point for point in self._wanted if point.kind == "resblock"]
         handles: list[Any] = []
         try:
             for point in convolutions:
                 module = host.residual_convolution(executor.class_obj, point.part, point.number)
                 handles.append(module.register_forward_hook(self._hook(point)))
-            return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
+            with host.uncompiled():
+                return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -120,7 +124,7 @@ class SourceRun:
             def capture(module, args, output):
                 self._take(point, output, (output.shape[-2], output.shape[-1]))
 
-            self._hooks[point] = host.opaque(capture)
+            self._hooks[point] = capture
         return self._hooks[point]
 
     def _capture_attention(self, n, context, value, extra_options, **kwargs):

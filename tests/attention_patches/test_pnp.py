@@ -15,7 +15,10 @@ def levels(steps):
     return torch.linspace(0.0, 10.0, steps + 1)
 
 
-@pytest.mark.parametrize("steps, fraction, count", [(50, 0.8, 40), (50, 0.5, 25), (20, 0.8, 16), (4, 0.2, 0), (4, 0.5, 2), (7, 1.0, 7), (7, 0.0, 0), (100, 0.29, 29), (50, 0.58, 29), (3, 0.99, 2)])
+@pytest.mark.parametrize(
+    "steps, fraction, count",
+    [(50, 0.8, 40), (50, 0.5, 25), (20, 0.8, 16), (4, 0.2, 0), (4, 0.5, 2), (7, 1.0, 7), (7, 0.0, 0), (100, 0.29, 29), (50, 0.58, 29), (3, 0.99, 2)],
+)
 def test_a_fraction_means_the_first_whole_steps(steps, fraction, count):
     sigmas = levels(steps)
     assert step_count(sigmas, fraction) == count

@@ -29,10 +29,11 @@ def test_the_variants_compute_what_they_claim(small):
 def test_floor_and_ours_run_the_same_rows_through_the_same_layers(small):
     counts = {}
     unet = small.model.model.diffusion_model
-    watched = {"rows": unet.input_blocks[0][0], "last": unet.output_blocks[11][1].transformer_blocks[0].norm1, "behind": unet.output_blocks[11][1].transformer_blocks[0].attn1.to_out[0]}
+    last = unet.output_blocks[11][1].transformer_blocks[0]
+    watched = {"rows": unet.input_blocks[0][0], "last": last.norm1, "behind": last.attn1.to_out[0]}
     for name in ("floor", "ours"):
         seen = counts[name] = []
-        handles = [module.register_forward_hook(lambda m, args, out, key=key: seen.append((key, out.shape[0]))) for key, module in watched.items()]
+        handles = [module.register_forward_hook(lambda m, args, out, key=key, seen=seen: seen.append((key, out.shape[0]))) for key, module in watched.items()]
         small.step(VARIANTS[name](small.model, small.trajectory), small.sigma(0))
         for handle in handles:
             handle.remove()
