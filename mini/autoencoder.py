@@ -58,6 +58,8 @@ class Autoencoder(nn.Module):
         return (raw - mean) / (std * SCALE)
 
     def decode(self, latents: torch.Tensor, **kwargs) -> torch.Tensor:
-        """[B, 4, h, w] to pictures [B, 3, 8h, 8w], nominally in -1..1 (not clamped)."""
+        """[B, 4, h, w] to pictures [B, 3, 8h, 8w], nominally in -1..1 (not clamped). Raises ValueError for another number of channels."""
+        if latents.shape[1] != CHANNELS:
+            raise ValueError(f"The mini autoencoder decodes latents of {CHANNELS} channels, but this one has {latents.shape[1]}: decode it with its own model's VAE.")
         mean, std = self.statistics(latents)
         return self.decoder(latents * (std * SCALE) + mean)
