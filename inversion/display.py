@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 
+import comfy.utils
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy_api.latest import ui
+from PIL import Image
 
 
 def show(node, text: str, image=None) -> dict:
@@ -21,4 +25,8 @@ def show(node, text: str, image=None) -> dict:
     output = ui.PreviewText(text).as_dict()
     if image is not None:
         output |= ui.PreviewImage(image, cls=node).as_dict()
+        if node_id is not None and args.preview_method != LatentPreviewMethod.NoPreviews:
+            # the page shows a node's last live preview rather than its picture, so the picture becomes the last preview
+            pixels = (image[0].clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy()
+            comfy.utils.ProgressBar(1).update_absolute(1, 1, ("JPEG", Image.fromarray(pixels), None))
     return output
