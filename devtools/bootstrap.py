@@ -21,6 +21,7 @@ COMMANDS = {
     "serve": "start ComfyUI with its page and this pack, and print the address",
     "score": "recompute quality scores on the mini models (mini/scores.json)",
     "bench": "measure speed and memory (benchmarks/results/)",
+    "workflows": "rewrite the canvas workflows from the API graphs; with --pictures also thumbnails and pictures",
     "train": "train a mini model: train NAME --minutes N",
 }
 
@@ -87,7 +88,7 @@ def environment(host: Path) -> dict[str, str]:
 def parser() -> argparse.ArgumentParser:
     """Options of dev.py; what it does not know goes on to the command."""
     top = argparse.ArgumentParser(prog="dev.py", description="Palimpsest's commands.", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  epilog="commands:\n" + "\n".join(f"  {name:6} {text}" for name, text in COMMANDS.items()))
+                                  epilog="commands:\n" + "\n".join(f"  {name:9} {text}" for name, text in COMMANDS.items()))
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     top.add_argument("--comfyui", metavar="PATH", default=os.environ.get("COMFYUI_PATH"), help="use this ComfyUI (also COMFYUI_PATH) instead of getting one")
     top.add_argument("--no-venv", action="store_true", help="use the Python that runs dev.py as it is and install nothing")

@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import graphs
+from . import graphs, reading
 from .client import GraphError, Interrupted
 from .devices import accelerator
 from .server import Server, ServerError
@@ -39,6 +39,8 @@ def save_outputs(server: Server, stem: str, graph: dict, result, folder: Path) -
     """Fetch a graph's pictures into `folder`; returns the files and the rows of the contact sheet."""
     files, outputs = [], []
     for node_id, node in graph.items():
+        if node["class_type"].startswith("Palimpsest"):
+            continue  # what our nodes show on themselves is for the canvas; the graph saves what belongs on the sheet
         role, pictures = graphs.role(node), []
         for number, picture in enumerate(result.images(node_id)):
             data = server.view(picture)
@@ -52,6 +54,8 @@ def save_outputs(server: Server, stem: str, graph: dict, result, folder: Path) -
         text = result.text(node_id)
         if pictures or text:
             outputs.append((role, pictures, text))
+    if stem.startswith("mini-"):
+        outputs += reading.scores(outputs)
     return files, rows_of(heading(stem), outputs)
 
 
@@ -91,7 +95,7 @@ def main(argv: list[str]) -> int:
     options.add_argument("graph", nargs="*", help="only graphs whose name holds one of these words")
     options.add_argument("--cpu", action="store_true", help="do not use the graphics card")
     chosen = options.parse_args(argv)
-    paths = [path for path in graphs.api_graphs() if not chosen.graph or any(word in path.stem for word in chosen.graph)]
+    paths = graphs.in_order([path for path in graphs.api_graphs() if not chosen.graph or any(word in path.stem for word in chosen.graph)])
     if not paths:
         which = f"whose name holds {' or '.join(chosen.graph)}" if chosen.graph else "yet"
         print(f"There are no graphs in workflows/api {which}, so there is nothing to run.")

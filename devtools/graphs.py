@@ -6,6 +6,9 @@ An API graph is {node id: {"class_type", "inputs", "_meta"}}; the host ignores `
               "input", "edit", "input 2", "edit 2: a blue circle", "score" ... (see Role)
     models    [{"name", "directory", "url"}]: files this loader needs, same shape as properties.models of a canvas node
     smoke     true: this graph is its method's smoke test on the oldest supported host
+    after     name of a graph whose file this node reads: that one runs first
+
+devtools/canvas.py names what it reads for the canvas.
 """
 import json
 import re
@@ -87,6 +90,28 @@ def role(node: dict) -> Role:
 def is_smoke(graph: dict) -> bool:
     """Whether the graph is its method's smoke test."""
     return any(node.get("_meta", {}).get("smoke") for node in graph.values())
+
+
+def in_order(paths: list[Path]) -> list[Path]:
+    """`paths` with the graphs that they need the files of, each of those before its readers. Raises ValueError for a graph that is not there."""
+    ordered: list[Path] = []
+
+    def add(path: Path, readers: tuple[Path, ...] = ()) -> None:
+        if path in ordered or path in readers:
+            return
+        if not path.is_file():
+            raise ValueError(f"{readers[-1].name} reads a file of {path.stem}, but there is no graph {path.name} beside it")
+        try:
+            nodes = load_graph(path).values()
+        except ValueError:
+            nodes = ()  # whoever runs it says what is wrong with it
+        for first in filter(None, (node.get("_meta", {}).get("after") for node in nodes)):
+            add(path.with_stem(first), (*readers, path))
+        ordered.append(path)
+
+    for path in paths:
+        add(path)
+    return ordered
 
 
 def options_of(info: dict, name: str) -> list | None:

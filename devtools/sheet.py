@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CELL = 256  # px; smaller pictures are enlarged without smoothing, so that a 128 px picture shows its pixels
 GAP = 12
+CAPTION, INPUT = " caption", "input"
 INK, QUIET, PAPER = "#1c1b19", "#6a655d", "#f6f3ec"
 
 
@@ -20,20 +21,31 @@ class Row:
 
 
 def order(name: str) -> tuple[int, str]:
-    """The input stands left, the edit right, everything else between."""
-    return ({"input": 0, "edit": 2}.get(name, 1), name)
+    """The input stands left, the edit right of what lies between, then what it should have become."""
+    return ({"input": 0, "edit": 2, "target": 3}.get(name, 1), name)
 
 
 def rows_of(title: str, outputs: list[tuple]) -> list[Row]:
-    """Rows of one graph from its outputs: (Role, encoded pictures, text) per node."""
+    """Rows of one graph from its outputs: (Role, encoded pictures, text) per node. A text called `X caption` stands below the pictures called X.
+
+    A further row without an input shows the first row's: one input, several edits.
+    """
     rows: dict[int, Row] = {}
+    captions = {(role.row, role.name.removesuffix(CAPTION)): text for role, _, text in outputs if role.name.endswith(CAPTION)}
     for role, pictures, text in sorted(outputs, key=lambda output: (output[0].row, order(output[0].name))):
         row = rows.setdefault(role.row, Row(title))
-        label = f"{role.name}: {role.caption}" if role.caption else role.name
+        if role.name.endswith(CAPTION):
+            continue
+        caption = role.caption or captions.get((role.row, role.name))
+        label = f"{role.name}: {caption}" if caption else role.name
         row.pictures += [(label, Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
         if text:
             row.lines.append(f"{label}: {text}" if role.name not in ("caption", "text") else text)
-    return [row for _, row in sorted(rows.items()) if row.pictures]
+    found = [row for _, row in sorted(rows.items()) if row.pictures]
+    for row in found[1:]:
+        if not any(label.startswith(INPUT) for label, _ in row.pictures):
+            row.pictures[:0] = [pair for pair in found[0].pictures if pair[0].startswith(INPUT)]
+    return found
 
 
 def fit(picture: Image.Image) -> Image.Image:
@@ -64,7 +76,7 @@ def contact_sheet(rows: list[Row]) -> Image.Image:
         drawn.append((row, pictures))
     laid_out = []
     for row, pictures in drawn:
-        labels = [wrapped(label, picture.width, font, 4) for label, picture in pictures]
+        labels = [wrapped(label, picture.width, font, 6) for label, picture in pictures]
         lines = [part for text in row.lines for part in wrapped(text, width - 2 * GAP, font, 12)]
         tall = max(picture.height for _, picture in pictures)
         below = max(map(len, labels))

@@ -12,6 +12,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-component-update", "--disable-sync"]
 LOADED = "window.app?.vueAppReady && window.app.graph?.nodes !== undefined"
 UNKNOWN_NODES = "app.graph.nodes.filter(node => !(node.type in LiteGraph.registered_node_types) && !node.subgraph).map(node => node.type)"
+MISSING_MODELS = "Missing Models"
 ERRORS = "[app.lastNodeErrors && Object.keys(app.lastNodeErrors).length ? JSON.stringify(app.lastNodeErrors) : '', app.lastExecutionError?.exception_message ?? ''].filter(Boolean)"
 # a picture that a node shows, complete and not broken
 SHOWN = "app.graph.nodes.flatMap(node => node.imgs ?? []).filter(picture => picture.complete && picture.naturalWidth > 0).map(picture => picture.src)"
@@ -38,8 +39,19 @@ class FrontEnd:
     def missing_nodes(self) -> list[str]:
         """Types on the canvas that the host does not know, and what a warning about them says."""
         self.page.wait_for_timeout(500)  # the dialog comes after the nodes
-        dialogs = [text for text in self.page.locator("[role=dialog]").all_inner_texts() if re.search(r"missing", text, re.I)]
+        dialogs = [text for text in self.dialogs() if re.search(r"missing", text, re.I) and not text.startswith(MISSING_MODELS)]
         return self.page.evaluate(UNKNOWN_NODES) + dialogs
+
+    def missing_models(self) -> str:
+        """What the page says about model files that the host has not got; it offers to download them."""
+        return "\n".join(text for text in self.dialogs() if text.startswith(MISSING_MODELS))
+
+    def dialogs(self) -> list[str]:
+        return self.page.locator("[role=dialog]").all_inner_texts()
+
+    def api_graph(self) -> dict:
+        """The API graph of what is on the canvas, as Workflow > Export (API) writes it."""
+        return self.page.evaluate("app.graphToPrompt().then(graph => graph.output)")
 
     def run(self, seconds: float = 300) -> list[str]:
         """Press Run, wait until the graph has run, return the addresses of the pictures on the canvas. Raises AssertionError with the page's own message."""

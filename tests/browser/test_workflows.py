@@ -3,12 +3,20 @@ import json
 
 import pytest
 
-from palimpsest.devtools.graphs import ROOT
+from palimpsest.devtools.graphs import API_FOLDER, ROOT, in_order, load_graph
 from palimpsest.devtools.server import PACK
 
 pytestmark = pytest.mark.browser
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 MINI = [path for path in WORKFLOWS if path.stem.startswith("mini-")]
+
+
+def models_of(path) -> list[dict]:
+    return [model for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] for model in node["properties"].get("models", [])]
+
+
+def is_input(info: dict, name: str) -> bool:
+    return any(name in group for group in info["input"].values())
 
 
 def canvas(picture_class: str) -> dict:
@@ -56,12 +64,30 @@ def test_a_failing_graph_is_noticed(front_end, tmp_path):
 def test_workflow_opens_without_missing_nodes(front_end, path):
     front_end.open_workflow(path)
     assert front_end.missing_nodes() == []
+    offered = front_end.missing_models()
+    # the page lists a file, with a button to get it, only if its address is one that it trusts
+    assert all(f"{model['directory']} / {model['name']}" in offered for model in models_of(path)), offered
     front_end.screenshot(path.stem)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_page_reads_the_workflow_as_its_api_graph(front_end, path):
+    front_end.open_workflow(path)
+    offered = front_end.server.object_info()
+
+    def plain(graph):
+        # PreviewAny's page part adds a widget that its node does not have
+        return {node_id: (node["class_type"], node["_meta"]["title"], {name: value for name, value in node["inputs"].items() if is_input(offered[node["class_type"]], name)})
+                for node_id, node in graph.items()}
+
+    assert plain(front_end.api_graph()) == plain(load_graph(API_FOLDER / path.name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", MINI, ids=lambda path: path.stem)
 def test_mini_workflow_runs_from_the_run_button(front_end, path):
+    for first in in_order([API_FOLDER / path.name])[:-1]:
+        front_end.server.run(load_graph(first))
     front_end.open_workflow(path)
     assert front_end.missing_nodes() == []
     assert front_end.run()

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from palimpsest.devtools.graphs import Missing, Role, is_smoke, load_graph, missing_models, node_name, role
+from palimpsest.devtools.graphs import Missing, Role, api_graphs, in_order, is_smoke, load_graph, missing_models, node_name, role
 
 INFO = {
     "CheckpointLoaderSimple": {"input": {"required": {"ckpt_name": [["a.safetensors"], {}]}}},
@@ -69,3 +69,30 @@ def test_names_and_marks():
     assert node_name(graph, "5") == 'node 5 (KSampler "edit")'
     assert node_name(graph, "6") == "node 6 (VAEDecode)"
     assert is_smoke(graph) and not is_smoke({"6": graph["6"]})
+
+
+def write(folder, **after):
+    for name, first in after.items():
+        meta = {"after": first} if first else {}
+        (folder / f"{name}.json").write_text(json.dumps({"1": {"class_type": "A", "inputs": {}, "_meta": meta}}))
+    return folder
+
+
+def test_a_graph_runs_after_the_one_whose_file_it_reads(tmp_path):
+    write(tmp_path, a_load="b_save", b_save=None, c=None)
+    assert [path.stem for path in in_order(api_graphs(tmp_path))] == ["b_save", "a_load", "c"]
+    assert [path.stem for path in in_order([tmp_path / "a_load.json"])] == ["b_save", "a_load"]
+
+
+def test_a_graph_that_reads_the_file_of_a_missing_one_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.json reads a file of b"):
+        in_order(api_graphs(write(tmp_path, a="b")))
+
+
+def test_graphs_in_a_circle_do_not_hang(tmp_path):
+    assert len(in_order(api_graphs(write(tmp_path, a="b", b="a")))) == 2
+
+
+def test_a_broken_graph_keeps_its_turn(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    assert [path.stem for path in in_order(api_graphs(tmp_path))] == ["a"]

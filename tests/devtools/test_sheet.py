@@ -22,6 +22,17 @@ def test_the_input_stands_left_of_the_edit_and_each_number_has_its_row():
     assert rows[0].lines == ["score: PSNR 31 dB"]
 
 
+def test_a_text_called_edit_caption_stands_below_the_edit():
+    rows = rows_of("row", [(Role("edit caption", 2, ""), [], "a blue circle"), (Role("edit", 2, ""), [png("blue")], ""), (Role("edit", 1, ""), [png("red")], "")])
+    assert [[label for label, _ in row.pictures] for row in rows] == [["edit"], ["edit: a blue circle"]]
+    assert [row.lines for row in rows] == [[], []]
+
+
+def test_a_further_edit_stands_beside_the_same_input():
+    rows = rows_of("row", [(Role("edit", 2, ""), [png("green")], ""), (Role("edit", 1, ""), [png("blue")], ""), (Role("input", 1, "a red circle"), [png("red")], "")])
+    assert [[label for label, _ in row.pictures] for row in rows] == [["input: a red circle", "edit"]] * 2
+
+
 def test_pictures_lie_side_by_side_on_the_sheet():
     sheet = contact_sheet(rows_of("row", [(Role("input", 1, ""), [png("red")], ""), (Role("edit", 1, ""), [png("blue")], "")]))
     colours = {sheet.getpixel((x, 12 + 26 + CELL // 2)) for x in (12 + CELL // 2, 24 + CELL + CELL // 2)}
