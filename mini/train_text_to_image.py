@@ -22,7 +22,7 @@ from .train_autoencoder import pictures
 
 BATCH, SCENES, LEARNING_RATE = 32, 40_000, 6e-4
 TRAIN_SEED = 2_000_000
-OFFSET_NOISE, PROMPT_DROPOUT, UNKNOWN_WORDS, SNR_LIMIT = 0.12, 0.1, 0.02, 5.0
+OFFSET_NOISE, PROMPT_DROPOUT, UNKNOWN_WORDS, SNR_LIMIT, V_EXPONENT = 0.12, 0.1, 0.02, 5.0, 0.7
 
 
 def schedule() -> torch.Tensor:
@@ -93,7 +93,10 @@ def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoe
             predicted = model["unet"](a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context,
                                       transformer_options={"optimized_attention_override": attention_for_training})
         # Min-SNR weighting (Hang et al. 2023, eq. 5) for eps prediction: the last, nearly clean steps would crowd out layout.
-        weight = (SNR_LIMIT * (1 - abar[t]) / abar[t]).clamp(max=1)
+        # The second factor leans towards the loss in v (exponent 1; Salimans and Ho 2022): layout and colours are decided
+        # at the noisiest levels, where an error in the picture is a tiny error in eps and words are learned last.
+        noise_to_signal = (1 - abar[t]) / abar[t]
+        weight = (SNR_LIMIT * noise_to_signal).clamp(max=1) * (1 + noise_to_signal) ** V_EXPONENT
         loss = (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
         going = trainer.update(loss, BATCH)
     trainer.report()
