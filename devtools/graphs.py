@@ -8,7 +8,7 @@ An API graph is {node id: {"class_type", "inputs", "_meta"}}; the host ignores `
     smoke     true: this graph is its method's smoke test on the oldest supported host
     after     name of a graph whose file this node reads: that one runs first
 
-devtools/canvas.py names what it reads for the canvas.
+devtools/canvas.py and devtools/settings.py name what they read.
 """
 import json
 import re
@@ -64,6 +64,11 @@ def nodes_of(graph: dict) -> dict:
     if not isinstance(graph, dict) or not graph or not all(isinstance(node, dict) and "class_type" in node for node in graph.values()):
         raise ValueError("this is no API graph (node id -> class_type and inputs): export it with Workflow > Export (API)")
     return graph
+
+
+def text_of(graph: dict) -> str:
+    """An API graph as its file holds it: one node a line, so that changes can be read."""
+    return "{\n" + ",\n".join(f" {json.dumps(node_id)}: {json.dumps(node)}" for node_id, node in graph.items()) + "\n}\n"
 
 
 def node_name(graph: dict, node_id: str | None) -> str:

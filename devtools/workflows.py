@@ -1,11 +1,12 @@
-"""`dev.py workflows`: rewrite workflows/*.json from workflows/api/*.json; with --pictures also every picture that the repository shows."""
+"""`dev.py workflows`: put the scores' settings into workflows/api/*.json and rewrite workflows/*.json from there; with --pictures also every picture that the repository shows."""
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from . import canvas, demo, graphs, pictures
+from . import canvas, demo, graphs, pictures, settings
 from .devices import accelerator
+from .inprocess import put_host_on_path
 from .server import Server, ServerError
 
 
@@ -16,15 +17,16 @@ def main(argv: list[str]) -> int:
     options.add_argument("--cpu", action="store_true", help="do not use the graphics card")
     chosen = options.parse_args(argv)
     try:
+        put_host_on_path(Path(os.environ["COMFYUI_PATH"]), ["--cpu"])
+        written = settings.write_all(*settings.from_scores())
         with Server(Path(os.environ["COMFYUI_PATH"]), ["--disable-api-nodes"], cpu=chosen.cpu or not accelerator()) as server:
-            written = canvas.write_all(server.object_info())
+            written += canvas.write_all(server.object_info())
             if chosen.pictures:
                 demo.OUTPUT.mkdir(exist_ok=True)
                 found, failures = {}, []
-                for path in graphs.api_graphs():
-                    if path.stem.startswith("mini-"):
-                        _, found[path.stem], failed = demo.run_graphs(server, [path], demo.OUTPUT)
-                        failures += failed
+                for path in graphs.in_order([path for path in graphs.api_graphs() if path.stem.startswith("mini-")]):
+                    _, found[path.stem], failed = demo.run_graphs(server, [path], demo.OUTPUT)
+                    failures += failed
                 if failures:
                     print("Nothing was drawn, because a graph failed.", file=sys.stderr)
                     return 1
