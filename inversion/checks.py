@@ -31,14 +31,23 @@ def check_latent(model, latent: dict) -> Tensor:
     return samples.to(torch.float32)
 
 
-def check_conditioning(positive: list | None, negative: list | None, guidance: float) -> None:
-    """Raises ValueError unless there is a prompt, and a negative one where guidance needs it."""
+def check_conditioning(model, positive: list | None, negative: list | None, guidance: float, what: str = "positive") -> None:
+    """Raises ValueError unless there is a prompt of this MODEL's text encoder, and a negative one where guidance needs it.
+
+    positive, negative: host CONDITIONING. what: where positive comes from, for the message.
+    """
+    from ..attention_patches import host, source
+
     if not positive:
         raise ValueError("There is no conditioning to run the model with: connect a prompt that describes the picture (an empty one is fine).")
     if guidance != 1.0 and not negative:
         raise ValueError(
             f"Guidance {guidance:g} needs a negative conditioning, but none is connected: connect one, or set guidance to 1 (recommended for inversion)."
         )
+    for conditioning, name in ((positive, what), (negative, "negative")):
+        # without their options: an inversion, unlike an edit's source, may be made of areas
+        if conditioning:
+            source.check_conditioning([(tokens, {}) for tokens, _ in conditioning], host.token_width(model), name)
 
 
 def inversion_sigmas(model, steps: int, scheduler: str, sigmas: Tensor | None = None) -> tuple[Tensor, list[str]]:

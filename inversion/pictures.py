@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .filmstrip import latent_to_rgb
@@ -23,3 +24,22 @@ def to_pictures(model, latents: Tensor, vae=None) -> Tensor:
         )
     pictures = vae.decode(sampler_to_latent(model, latents))
     return pictures.reshape(-1, *pictures.shape[-3:])[..., :3].to("cpu").float().clamp(0, 1)
+
+
+def decode_frames(model, frames: list[Tensor], vae=None) -> Tensor:
+    """Pictures [sum of N, H, W, 3] of several latents [N, C, h, w], one after the other.
+
+    With a VAE, under a progress bar of its own, and Cancel is heard between two of them. Raises as `to_pictures`
+    does, and the host's interrupt.
+    """
+    import comfy.model_management
+    import comfy.utils
+
+    bar = comfy.utils.ProgressBar(len(frames)) if vae is not None else None
+    pictures = []
+    for latents in frames:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        pictures.append(to_pictures(model, latents, vae))
+        if bar is not None:
+            bar.update(1)
+    return torch.cat(pictures)

@@ -61,8 +61,11 @@ class Recorder:
             self.frames.append((sigma, denoised.detach().to("cpu", torch.float32, copy=True)))
 
 
-def _input_scale(model_sampling):
-    """The host's c_in as a function of one float, whatever kind of model_sampling this is."""
+def input_scale(model_sampling):
+    """The host's c_in(sigma), what a latent is multiplied by for the network (Karras et al. 2022, table 1), as a function of one float.
+
+    Asked of the host, because it differs between the kinds of model_sampling.
+    """
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
     def scale(sigma: float) -> float:
@@ -105,7 +108,7 @@ def run_inversion(
     """
     described = describe_model(model)
     samples = check_latent(model, latent)
-    check_conditioning(positive, negative, guidance)
+    check_conditioning(model, positive, negative, guidance)
     levels, notes = inversion_sigmas(model, steps, scheduler, sigmas)
     if latent.get("noise_mask") is not None:
         notes.append(MASK_NOTE)
@@ -118,7 +121,7 @@ def run_inversion(
     options = {
         "iterations": iterations,
         "convention": convention,
-        "input_scale": _input_scale(model_sampling),
+        "input_scale": input_scale(model_sampling),
         "sigma_floor": float(model_sampling.sigma_min),
     }
     calls_per_step = 1 + iterations
@@ -129,16 +132,16 @@ def run_inversion(
     def sample(denoise, y, ascending, extra_args=None, callback=None, disable=None):
         extra_args = extra_args or {}
         record.add(float(ascending[0]), y, y)
-        done = 0
+        done = shown = 0
 
         def denoiser(latents: Tensor, level: Tensor) -> Tensor:
-            nonlocal done
+            nonlocal done, shown
             comfy.model_management.throw_exception_if_processing_interrupted()
             denoised = denoise(latents, level, **extra_args)
             # asked again here because older hosts do not ask inside the network, and this may have been the last call
             comfy.model_management.throw_exception_if_processing_interrupted()
             show(min(done, total_calls - 1), denoised, latents, total_calls)
-            done += 1
+            done, shown = done + 1, done + 1
             record.calls += 1
             return denoised
 
@@ -150,6 +153,9 @@ def run_inversion(
                 # a step that stopped early jumps ahead
                 done = (step.index + 1) * calls_per_step
                 bar.update()
+        # the last step may have stopped early, too
+        if shown < total_calls:
+            show(total_calls - 1, step.denoised, y, total_calls)
         return y
 
     started = time.perf_counter()
@@ -229,8 +235,9 @@ def run_reconstruction(model, trajectory: Trajectory, positive: list | None = No
     Raises ValueError, one sentence, for a model that did not make the trajectory or conditioning that is missing.
     """
     start = start_latent(trajectory, model)["samples"]
+    what = "trajectory's" if positive is None else "positive"
     positive = trajectory.conditioning if positive is None else positive
-    check_conditioning(positive, negative, trajectory.guidance)
+    check_conditioning(model, positive, negative, trajectory.guidance, what)
     levels = trajectory.sigmas.flip(0)
     samples = _guider(model, positive, negative, trajectory.guidance).sample(
         torch.zeros_like(start),

@@ -14,8 +14,10 @@ import uuid
 from numbers import Real
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 
+from .fingerprint import decode
 from .trajectory import Trajectory
 
 FORMAT = "palimpsest_trajectory"
@@ -118,7 +120,7 @@ def save_trajectory(trajectory: Trajectory, path: str, extra_metadata: dict[str,
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"The trajectory could not be written to {os.path.basename(path)} ({_reason(error)}): check the folder and the free space.") from error
     finally:
         if os.path.exists(temporary):
@@ -127,11 +129,15 @@ def save_trajectory(trajectory: Trajectory, path: str, extra_metadata: dict[str,
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an exception, without the full path that some messages carry."""
+    """What an exception says is wrong, without the full path or the remedy that some messages carry."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, json.JSONDecodeError):
+        return "a text in its header is broken"
     text = str(error).strip().splitlines()
-    return text[0].rstrip(".") if text else type(error).__name__
+    return text[0].removesuffix(": invert again.").rstrip(".") if text else type(error).__name__
 
 
 def load_trajectory(path: str) -> Trajectory:
@@ -150,7 +156,8 @@ def load_trajectory(path: str) -> Trajectory:
         raise ValueError(f"A trajectory is a .safetensors file, but {name} is not: choose one written by Save Trajectory.")
     try:
         tensors, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    except Exception as error:
+    # the host turns some of safetensors' errors into ValueError, and trips over the numbers in an OSError
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ValueError(
             f"The file {name} is not a readable safetensors file (truncated, damaged, or a pickle under another name): save the trajectory again."
         ) from error
@@ -170,6 +177,9 @@ def load_trajectory(path: str) -> Trajectory:
             for entry in json.loads(metadata["conditioning"])
         ]
         info = json.loads(metadata["info"])
+        if not isinstance(info, dict):
+            raise ValueError("its report figures are none")
+        decode(metadata["fingerprint"])
         if left_out := json.loads(metadata["left_out"]):
             info["left_out"] = left_out
         return Trajectory(

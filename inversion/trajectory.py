@@ -161,19 +161,22 @@ def sampler_to_latent(model, y: Tensor) -> Tensor:
     return _latent_format(model).process_out(y.to("cpu", torch.float32))
 
 
-def start_latent(trajectory: Trajectory, model) -> dict:
+def start_latent(trajectory: Trajectory, model, check: bool = True) -> dict:
     """LATENT holding the noisiest latent: a stock sampler with added noise disabled starts from it.
 
-    Carries the trajectory's noise_mask, if any. Raises ValueError if `model` is not the trajectory's.
+    Carries the trajectory's noise_mask, if any. check: False where the model has been checked, which reads its
+    weights. Raises ValueError if `model` is not the trajectory's.
     """
-    trajectory.check_model(model)
+    if check:
+        trajectory.check_model(model)
     latent = {"samples": sampler_to_latent(model, trajectory.latents[-1])}
     if trajectory.noise_mask is not None:
         latent["noise_mask"] = trajectory.noise_mask.clone()
     return latent
 
 
-def clean_latent(trajectory: Trajectory, model) -> dict:
-    """LATENT holding the clean end of the trajectory: what was inverted."""
-    trajectory.check_model(model)
+def clean_latent(trajectory: Trajectory, model, check: bool = True) -> dict:
+    """LATENT holding the clean end of the trajectory: what was inverted. check and errors as in `start_latent`."""
+    if check:
+        trajectory.check_model(model)
     return {"samples": sampler_to_latent(model, trajectory.latents[0])}

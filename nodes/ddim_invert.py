@@ -9,12 +9,12 @@ from comfy_api.latest import io
 from ..inversion import filmstrip
 from ..inversion.ddim import CONVENTIONS
 from ..inversion.display import show
-from ..inversion.pictures import to_pictures
+from ..inversion.pictures import decode_frames, to_pictures
 from ..inversion.report import decibel, describe, psnr
-from ..inversion.run import run_inversion, run_reconstruction
+from ..inversion.run import input_scale, run_inversion, run_reconstruction
+from ..inversion.sockets import TrajectoryType
 from ..inversion.trajectory import clean_latent, start_latent
 
-TrajectoryType = io.Custom("PALIMPSEST_TRAJECTORY")
 DIFFERENCE_GAIN = 4.0
 
 
@@ -123,7 +123,7 @@ class DDIMInvert(io.ComfyNode):
         trajectory = inversion.trajectory
         report = describe(trajectory)
         film_strip = cls.draw(model, inversion, vae)
-        noise = {**latent_image, **start_latent(trajectory, model)}
+        noise = {**latent_image, **start_latent(trajectory, model, check=False)}
         # outside a mask the host keeps the sampler's latent, and here that is noise; see run.MASK_NOTE
         noise.pop("noise_mask", None)
         return io.NodeOutput(noise, trajectory, report, film_strip, ui=show(cls, report, film_strip))
@@ -133,9 +133,10 @@ class DDIMInvert(io.ComfyNode):
         """The film strips [B, H, W, 3]."""
         frames = inversion.frames
         batch = len(frames[0][1])
-        predicted = to_pictures(model, torch.cat([latents for _, latents in frames]), vae)
-        # a noisy latent shrunk to unit variance, as the network sees it
-        noisy = torch.cat([inversion.trajectory.at(sigma) / (1 + sigma * sigma) ** 0.5 for sigma, _ in frames])
+        predicted = decode_frames(model, [latents for _, latents in frames], vae)
+        # noisy latents as the network sees them
+        scale = input_scale(model.get_model_object("model_sampling"))
+        noisy = torch.cat([inversion.trajectory.at(sigma) * scale(sigma) for sigma, _ in frames])
         noisy = filmstrip.latent_to_rgb(model.get_model_object("latent_format"), noisy)
         strips = []
         for row in range(batch):
@@ -190,7 +191,7 @@ class ReconstructCheck(io.ComfyNode):
     @classmethod
     def execute(cls, model, trajectory, positive=None, negative=None, vae=None) -> io.NodeOutput:
         samples = run_reconstruction(model, trajectory, positive, negative)
-        reference = clean_latent(trajectory, model)["samples"]
+        reference = clean_latent(trajectory, model, check=False)["samples"]
         process_in = model.get_model_object("latent_format").process_in
         pictures = to_pictures(model, torch.cat([trajectory.latents[0], process_in(samples)]), vae)
         before, after = pictures.chunk(2)

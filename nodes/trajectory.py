@@ -11,23 +11,30 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..inversion.display import show
+from ..inversion.sockets import TrajectoryType
 from ..inversion.storage import SUFFIX, load_trajectory, save_trajectory
 
-TrajectoryType = io.Custom("PALIMPSEST_TRAJECTORY")
 EXTENSION = ".safetensors"
+FOLDER = "trajectories"  # below the output folder: where Save Trajectory writes unless told otherwise
 NO_FILES = "none found"
 
 
 def trajectory_files() -> list[str]:
-    """Names for the widget: safetensors files of the input folder, and trajectories of the output folder marked [output]."""
+    """Names for the widget: safetensors files of the input folder, and of the output folder's own place for trajectories, marked [output].
+
+    Only the top of each, as the host's LoadLatent does it: this is asked at every look at the node, and outputs run to
+    hundreds of thousands of files. Names that are not in the list can be given all the same.
+    """
 
     def listed(folder: str, suffix: str) -> list[str]:
-        files, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
-        return sorted(name.replace(os.sep, "/") for name in files if name.lower().endswith(suffix))
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entry.name for entry in entries if entry.name.lower().endswith(suffix) and entry.is_file())
+        except OSError:
+            return []
 
-    # the output folder also holds checkpoints people saved, so only files with the trajectories' own ending
-    saved = [f"{name} [output]" for name in listed(folder_paths.get_output_directory(), SUFFIX)]
-    return listed(folder_paths.get_input_directory(), EXTENSION) + saved
+    saved = listed(os.path.join(folder_paths.get_output_directory(), FOLDER), SUFFIX)
+    return listed(folder_paths.get_input_directory(), EXTENSION) + [f"{FOLDER}/{name} [output]" for name in saved]
 
 
 def resolve(name: str) -> str:
@@ -52,8 +59,9 @@ class SaveTrajectory(io.ComfyNode):
                 TrajectoryType.Input("trajectory", tooltip="From DDIM Invert."),
                 io.String.Input(
                     "filename_prefix",
-                    default="trajectories/palimpsest",
-                    tooltip="Folder and beginning of the file name below the output folder; a counter is added. %year%, %month%, %day% and the like are filled in.",
+                    default=f"{FOLDER}/palimpsest",
+                    tooltip="Folder and beginning of the file name below the output folder; a counter is added. %year%, %month%, %day% and the like are filled in. "
+                    "Load Trajectory lists the folder trajectories.",
                 ),
             ],
             outputs=[
@@ -97,7 +105,7 @@ class LoadTrajectory(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=trajectory_files() or [NO_FILES],
-                    tooltip="A trajectory file of the input folder, or of the output folder (marked [output]). Press R to refresh the list.",
+                    tooltip="A trajectory file of the input folder, or of output/trajectories (marked [output]). Press R to refresh the list.",
                 ),
             ],
             outputs=[

@@ -1,5 +1,7 @@
 """Inversion through the host's sampling path."""
 
+import dataclasses
+
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
@@ -7,6 +9,7 @@ import comfy.samplers
 import pytest
 import torch
 from palimpsest.inversion import run as run_module
+from palimpsest.inversion import trajectory as trajectory_module
 from palimpsest.inversion.report import psnr
 from palimpsest.inversion.run import run_inversion, run_reconstruction
 from palimpsest.inversion.trajectory import clean_latent, start_latent
@@ -268,6 +271,27 @@ def test_progress_counts_model_calls_and_ends_full(model, monkeypatch):
     assert values == sorted(values) and values[-1] == STEPS * 3
 
 
+def test_the_progress_bar_ends_full_where_the_last_step_stops_early(model, monkeypatch):
+    """Regression: the bar stopped short."""
+    seen = []
+
+    class Bar:
+        def __init__(self, total, node_id=None):
+            pass
+
+        def update_absolute(self, value, total=None, preview=None):
+            seen.append(value)
+
+    def stops_early(denoiser, y, sigmas, iterations, **options):
+        return real(denoiser, y, sigmas, iterations=0, **options)
+
+    real = run_module.invert
+    monkeypatch.setattr(run_module, "invert", stops_early)
+    monkeypatch.setattr(run_module.comfy.utils, "ProgressBar", Bar)
+    invert(model, iterations=2)
+    assert seen[-1] == STEPS * 3 and seen == sorted(seen)
+
+
 def test_a_network_that_breaks_is_named_with_its_step(model):
     def breaks(apply_model, parameters):
         out = apply_model(parameters["input"], parameters["timestep"], **parameters["c"])
@@ -317,6 +341,40 @@ def test_no_conditioning(model):
     path = run_inversion(model, picture(), tiny_cond(), steps=2).trajectory
     with pytest.raises(ValueError, match="no conditioning"):
         run_reconstruction(model, path, positive=[])
+
+
+@pytest.mark.parametrize("name", ["positive", "negative"])
+def test_a_prompt_of_another_models_clip_is_one_sentence(model, name):
+    """Regression: "mat1 and mat2 shapes cannot be multiplied", deep inside a block."""
+    prompts = {"positive": tiny_cond(), "negative": tiny_cond(seed=1), name: tiny_cond(dim=1024)}
+    with pytest.raises(ValueError, match=f"The {name} conditioning has 1024 values per token, but the connected model wants 768"):
+        run_inversion(model, picture(), **prompts, guidance=2.0, steps=2)
+    path = run_inversion(model, picture(), tiny_cond(), tiny_cond(seed=1), guidance=2.0, steps=2).trajectory
+    with pytest.raises(ValueError, match=f"The {name} conditioning has 1024"):
+        run_reconstruction(model, path, **prompts)
+
+
+def test_a_trajectorys_own_prompt_of_another_width_is_named(model):
+    path = dataclasses.replace(invert(model, steps=2), conditioning=tiny_cond(dim=1024))
+    with pytest.raises(ValueError, match="The trajectory's conditioning has 1024"):
+        run_reconstruction(model, path)
+
+
+def test_an_inversion_may_be_made_of_areas(model):
+    halves = [[tiny_cond(seed=i)[0][0], {"area": (16, 8, 0, 8 * i), "strength": 1.0}] for i in (0, 1)]
+    assert invert(model, positive=halves, steps=2).steps == 2
+
+
+def test_the_models_weights_are_read_once(model, monkeypatch):
+    """Regression: inverting and checking read the weights for the fingerprint two and three times."""
+    reads = []
+    monkeypatch.setattr(trajectory_module, "model_fingerprint", lambda model, real=trajectory_module.model_fingerprint: reads.append(1) or real(model))
+    path = invert(model, steps=2)
+    start_latent(path, model, check=False)
+    assert len(reads) == 1
+    run_reconstruction(model, path)
+    clean_latent(path, model, check=False)
+    assert len(reads) == 2
 
 
 def test_an_empty_prompts_conditioning_is_fine(model):

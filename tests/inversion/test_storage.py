@@ -39,7 +39,7 @@ def example(**changes):
         conditioning=conditioning,
         architecture="SD1.x",
         prediction="v_prediction",
-        fingerprint="abc:AAAA",
+        fingerprint="abc:AAA=",
         guidance=1.5,
         info={"scheduler": "karras", "steps": 2, "notes": ["one"], "step_error_refined": None},
         noise_mask=torch.rand(1, 64, 48, generator=generator),
@@ -168,6 +168,11 @@ def rewrite(**changes):
         (rewrite(latents=torch.full((3, 2, 4, 8, 6), float("nan"))), "damaged"),
         (rewrite(sigmas=torch.tensor([3.0, 2.0, 1.0])), "damaged"),
         (rewrite(info="{"), "damaged"),
+        (rewrite(info="[]"), "damaged"),
+        (rewrite(fingerprint="abc"), "damaged"),
+        (rewrite(fingerprint="abc:AAAA"), "damaged"),
+        (rewrite(fingerprint="abc:!"), "damaged"),
+        (rewrite(fingerprint="abc:\u00e4"), "damaged"),
         (rewrite(conditioning="[{}]"), "damaged"),
         (rewrite(**{"conditioning.0": None}), "damaged"),
     ],
@@ -178,6 +183,7 @@ def test_bad_files_are_one_sentence(path, write, words):
     with pytest.raises(ValueError, match=words) as refused:
         load_trajectory(path)
     assert "\n" not in str(refused.value) and os.path.dirname(path) not in str(refused.value)
+    assert str(refused.value).count(": ") <= 1, "one remedy"
 
 
 def test_missing_file(tmp_path):

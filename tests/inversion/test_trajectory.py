@@ -6,6 +6,7 @@ import pytest
 import torch
 from palimpsest.inversion.fingerprint import model_fingerprint, same_model
 from palimpsest.inversion.trajectory import Trajectory, clean_latent, prediction_type, start_latent
+from palimpsest.tests.helpers.host_nodes import run_node
 from palimpsest.tests.helpers.models import tiny_cond, tiny_sd2, tiny_sd15, tiny_sdxl
 
 SIGMAS = torch.tensor([0.0, 0.5, 2.0, 11.03])
@@ -115,6 +116,42 @@ def test_lora_and_other_patches_keep_the_model_the_same(model):
     patched.set_model_attn1_patch(lambda n, c, v, options: (n, c, v))
     path.check_model(patched)
     assert model_fingerprint(patched) == path.fingerprint
+
+
+@pytest.fixture(scope="module")
+def others():
+    return [tiny_sd15(seed=seed, channel_mult=(1, 1, 1, 1)) for seed in range(3)]
+
+
+def merged(model, other, ratio):
+    """The host's node ModelMergeSimple."""
+    return run_node("nodes_model_merging", "ModelMergeSimple", model, other, ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_merge_with_another_model_is_another_model(others, ratio):
+    """Regression: a model whose every weight was replaced by ModelMergeSimple passed as the original."""
+    model, second, third = others
+    merge = merged(model, second, ratio)
+    with pytest.raises(ValueError, match="another SD1.x model"):
+        Trajectory.for_model(model, SIGMAS, latents()).check_model(merge)
+    path = Trajectory.for_model(merge, SIGMAS, latents())
+    path.check_model(merged(model, second, ratio))
+    with pytest.raises(ValueError, match="another SD1.x model"):
+        path.check_model(merged(model, third, ratio))
+
+
+def test_adding_another_models_weights_makes_another_model(others):
+    path = Trajectory.for_model(others[0], SIGMAS, latents())
+    with pytest.raises(ValueError, match="another SD1.x model"):
+        path.check_model(run_node("nodes_model_merging", "ModelAdd", *others[:2]))
+
+
+def test_a_damaged_fingerprint_is_no_raw_error():
+    """Regression: comparing with a fingerprint of odd length raised torch's or base64's own error."""
+    for text in ("abc", "abc:AAAA", "abc:!", ""):
+        with pytest.raises(ValueError, match="fingerprint"):
+            same_model(text, "abc:AAA=")
 
 
 def test_weights_patched_in_place_by_the_host_keep_the_model_the_same():

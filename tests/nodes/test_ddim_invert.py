@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from palimpsest.inversion import filmstrip
 from palimpsest.inversion.trajectory import Trajectory, start_latent
 from palimpsest.nodes.ddim_invert import NODES, DDIMInvert, ReconstructCheck
 from palimpsest.tests.helpers.models import tiny_cond, tiny_sd15
@@ -14,8 +15,11 @@ class Decoder:
 
     latent_channels = 4
 
+    def __init__(self):
+        self.calls = []
+
     def decode(self, latents):
-        self.seen = latents
+        self.calls.append(latents)
         return latents[:, :3].movedim(1, -1).repeat_interleave(8, 1).repeat_interleave(8, 2) / 8 + 0.5
 
 
@@ -96,8 +100,58 @@ def test_film_strip_through_a_vae_decodes_latents_in_its_own_scaling(model, late
     decoder = Decoder()
     out = DDIMInvert.execute(model, latent, tiny_cond(), **SETTINGS, vae=decoder)
     # the first frame is the input itself
-    assert torch.allclose(decoder.seen[:2], latent["samples"], atol=1e-4)
+    assert torch.allclose(decoder.calls[0], latent["samples"], atol=1e-4)
     assert out.args[3].shape[0] == 2
+
+
+def test_decoding_the_film_strip_shows_progress_and_hears_cancel(model, latent, monkeypatch):
+    """Regression: up to eight batches were decoded in one go after the bar had ended."""
+    import comfy.model_management
+    import comfy.utils
+
+    bars = []
+
+    class Bar:
+        def __init__(self, total, node_id=None):
+            self.total, self.value = total, 0
+            bars.append(self)
+
+        def update(self, value):
+            self.value += value
+
+        def update_absolute(self, value, total=None, preview=None):
+            self.value = value
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    decoder = Decoder()
+    DDIMInvert.execute(model, latent, tiny_cond(), **SETTINGS, vae=decoder)
+    assert {len(call) for call in decoder.calls} == {2}, "one frame of the batch at a time"
+    assert any(bar.total == bar.value == len(decoder.calls) > 1 for bar in bars)
+
+    class Cancelling(Decoder):
+        def decode(self, latents):
+            comfy.model_management.interrupt_current_processing()
+            return super().decode(latents)
+
+    cancelling = Cancelling()
+    try:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            DDIMInvert.execute(model, latent, tiny_cond(), **SETTINGS, vae=cancelling)
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+    assert len(cancelling.calls) == 1
+
+
+def test_the_strip_scales_noisy_latents_as_the_models_network_sees_them(latent, monkeypatch):
+    """Regression: EDM models, whose data has a spread of its own, were scaled like Stable Diffusion's."""
+    edm = tiny_sd15(prediction="edm", channel_mult=(1, 1, 1, 1))
+    spread = edm.get_model_object("model_sampling").sigma_data = 0.5
+    seen = []
+    real = filmstrip.latent_to_rgb
+    monkeypatch.setattr(filmstrip, "latent_to_rgb", lambda latent_format, latents: seen.append(latents) or real(latent_format, latents))
+    trajectory = DDIMInvert.execute(edm, latent, tiny_cond(), **{**SETTINGS, "scheduler": "normal"}).args[1]
+    expected = trajectory.latents[-1] / (float(trajectory.sigmas[-1]) ** 2 + spread**2) ** 0.5
+    assert torch.allclose(seen[-1][-2:], expected, atol=1e-5)
 
 
 def test_vae_of_another_model_is_one_sentence(model, latent, inverted):

@@ -30,7 +30,7 @@ def example(**changes):
         conditioning=[],
         architecture="SDXL",
         prediction="eps",
-        fingerprint="abc:AAAA",
+        fingerprint="abc:AAA=",
     )
     return Trajectory(**{**parts, **changes})
 
@@ -71,6 +71,23 @@ def test_the_list_holds_input_files_and_saved_trajectories_but_no_saved_checkpoi
     save_file({"w": torch.ones(1)}, str(folders / "output" / "checkpoint.safetensors"))
     save_file({"w": torch.ones(1)}, str(folders / "input" / "mine.safetensors"))
     assert trajectory_files() == ["mine.safetensors", "trajectories/one_00001_.trajectory.safetensors [output]"]
+
+
+def test_the_list_does_not_walk_through_all_folders(folders, monkeypatch):
+    """Regression: every look at the node read the whole input and output trees."""
+    name = saved("elsewhere/deep/one").args[0]
+    (folders / "input" / "sub").mkdir()
+    save_file({"w": torch.ones(1)}, str(folders / "input" / "sub" / "mine.safetensors"))
+    monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("walked"))
+    assert trajectory_files() == []
+    assert LoadTrajectory.validate_inputs(name) is True, "API users may still name it"
+    assert torch.equal(LoadTrajectory.execute(name).args[0].latents, example().latents)
+
+
+def test_the_list_of_a_host_without_those_folders_is_empty(folders):
+    for name in ("input", "output"):
+        (folders / name).rmdir()
+    assert trajectory_files() == []
 
 
 def test_a_changed_file_is_read_again():
