@@ -51,21 +51,27 @@ def make_venv(venv: Path = VENV) -> Path:
     return python
 
 
-def install(python: Path, files: list[Path], stamp: Path) -> None:
-    """Install what `files` name, less those that the stamp says were installed unchanged. Raises SetupError."""
-    done = set()
-    if stamp.is_file():
-        try:
-            done = set(json.loads(stamp.read_text(encoding="utf-8")))
-        except ValueError:
-            pass  # half-written by a machine that went down: install again
-    todo = [file for file in files if pins(file) not in done]
+def install(python: Path, files: dict[str, Path], stamp: Path) -> None:
+    """Install what `files` (role -> requirement file) name, less those that the stamp says were the last ones of their role.
+
+    One hash per role: after another file of the same role, the first one's pins are no longer what is installed.
+    Raises SetupError.
+    """
+    try:
+        done = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    except ValueError:
+        done = {}  # half-written by a machine that went down: install again
+    if not isinstance(done, dict):
+        done = {}
+    todo = {role: file for role, file in files.items() if done.get(role) != pins(file)}
     if not todo:
         return
+    # what an install that breaks off leaves behind is neither the old state nor the new
+    stamp.write_text(json.dumps({role: digest for role, digest in done.items() if role not in todo}), encoding="utf-8")
     with step("Installing the requirements (the first time about 6 GB)"):
-        listed = [argument for file in todo for argument in ("-r", str(file))]
+        listed = [argument for file in todo.values() for argument in ("-r", str(file))]
         pip(python, ["install", *listed], "the requirements", VENV / "setup.log")
-    stamp.write_text(json.dumps(sorted(done | set(map(pins, todo)))), encoding="utf-8")
+    stamp.write_text(json.dumps({**done, **{role: pins(file) for role, file in todo.items()}}, sort_keys=True), encoding="utf-8")
 
 
 def own_requirements(host: Path) -> Path:
@@ -77,9 +83,9 @@ def own_requirements(host: Path) -> Path:
     return target
 
 
-def environment(host: Path) -> dict[str, str]:
-    """The environment of the command that runs inside."""
-    env = {**os.environ, "COMFYUI_PATH": str(host)}
+def environment(host: Path, own: bool) -> dict[str, str]:
+    """The environment of the command that runs inside. own: the host is the user's, so the tests cannot ask for our second one."""
+    env = {**os.environ, "COMFYUI_PATH": str(host), "PALIMPSEST_OWN_HOST": "1" if own else ""}
     if sys.platform == "linux":
         env = {**MALLOC, **env}
     return env
@@ -103,14 +109,24 @@ def set_up(options: argparse.Namespace) -> tuple[Path, Path]:
     python = Path(sys.executable) if options.no_venv else make_venv()
     host = chosen or hosts.get_host(python).resolve()
     if not options.no_venv:
-        files = [REQUIREMENTS] if chosen is None else [own_requirements(chosen)]
-        install(python, files + [TEST_REQUIREMENTS] * testing, VENV / "palimpsest-setup.json")
+        files = {"host": REQUIREMENTS if chosen is None else own_requirements(chosen)}
+        if testing:
+            files["test"] = TEST_REQUIREMENTS
+        install(python, files, VENV / "palimpsest-setup.json")
     if testing and chosen is None:
         hosts.get_host(python, hosts.OLDEST)
         hosts.get_overlay(python)
     if testing and options.system_packages:
         browsers.install_chromium()
     return python, host
+
+
+def script(python: Path, name: str) -> Path | None:
+    """A console script of that Python, None if it has none: beside it in an environment, on Windows in a folder of its own."""
+    asked = subprocess.run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('scripts'))"], capture_output=True, text=True)
+    file = f"{name}.exe" if os.name == "nt" else name
+    places = [python.parent, *(Path(line) for line in asked.stdout.splitlines()[:1])]
+    return next((place / file for place in places if (place / file).is_file()), None)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,15 +141,15 @@ def main(argv: list[str] | None = None) -> int:
         print("\nStopped; run the command again to go on.", file=sys.stderr)
         return 130
     if options.command == "test":
-        script = python.with_name("pytest.exe" if os.name == "nt" else "pytest")
         # the console script, not `python -m pytest`: that would put the checkout on sys.path, where nodes/ hides the host's nodes.py
-        if not script.is_file():
-            print(f"There is no pytest beside {python}: leave --no-venv out, or install devtools/requirements-test.txt there.", file=sys.stderr)
+        pytest = script(python, "pytest")
+        if pytest is None:
+            print(f"{python} has no pytest: leave --no-venv out, or install devtools/requirements-test.txt there.", file=sys.stderr)
             return 1
-        command = [str(script), *rest]
+        command = [str(pytest), *rest]
     else:
         command = [str(python), str(ROOT / "devtools" / "run.py"), options.command, *rest]
-    child = subprocess.Popen(command, env=environment(host), cwd=ROOT)
+    child = subprocess.Popen(command, env=environment(host, bool(options.comfyui)), cwd=ROOT)
     while True:
         try:
             return child.wait()

@@ -97,9 +97,9 @@ def main(argv: list[str]) -> int:
     chosen = options.parse_args(argv)
     paths = graphs.in_order([path for path in graphs.api_graphs() if not chosen.graph or any(word in path.stem for word in chosen.graph)])
     if not paths:
-        which = f"whose name holds {' or '.join(chosen.graph)}" if chosen.graph else "yet"
+        which = f"whose name holds {' or '.join(chosen.graph)}" if chosen.graph else "(they belong to the checkout)"
         print(f"There are no graphs in workflows/api {which}, so there is nothing to run.")
-        return 1 if chosen.graph else 0
+        return 1
     OUTPUT.mkdir(exist_ok=True)
     try:
         print("Starting ComfyUI ...", end=" ", flush=True)

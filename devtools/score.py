@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
             missed += below_limits(module, found)
         # after each, so that hours of scoring survive a stop
         figures.write(target, figures.merge(figures.read(target), found))
-    readme.update()
+    if not options.quick:
+        readme.update()
     for sentence in missed:
         print(f"Too low: {sentence}.", file=sys.stderr)
     return 1 if missed else 0

@@ -3,6 +3,8 @@
 Runs inside the environment (needs aiohttp, which the host requires). Every server gets a base directory of its own whose
 custom_nodes holds a link to this checkout, so nothing is written into the user's ComfyUI.
 """
+import asyncio
+import contextlib
 import json
 import os
 import re
@@ -18,6 +20,8 @@ import urllib.request
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import aiohttp
 
 from . import graphs
 from .client import GraphError, Result, run_graph
@@ -202,11 +206,24 @@ class Server:
         """
         graph = graphs.nodes_of(graph)
         client_id = uuid.uuid4().hex
+        at = "before its first node"
+
+        def watched(node_id, value, maximum):
+            nonlocal at
+            at = f"at {graphs.node_name(graph, node_id)}"
+            if progress:
+                progress(node_id, value, maximum)
+
         try:
-            result = run_graph(self.address, graph, client_id, lambda: self._post(graph, client_id), progress, timeout)
-        except (ConnectionError, urllib.error.URLError) as error:
-            raise ServerError(f"ComfyUI ended or broke off while it ran a graph ({error}):\n{self.log_tail()}") from error
-        history = self.get(f"/history/{result.prompt_id}").get(result.prompt_id, {})
+            result = run_graph(self.address, graph, client_id, lambda: self._post(graph, client_id), watched, timeout)
+            history = self.get(f"/history/{result.prompt_id}").get(result.prompt_id, {})
+        # before Python 3.11 asyncio has a TimeoutError of its own
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            with contextlib.suppress(OSError):
+                self.interrupt()  # nobody waits for it now, and the next graph would wait behind it
+            raise ServerError(f"ComfyUI did not finish a graph within {timeout:g} seconds, it was {at}:\n{self.log_tail()}") from error
+        except (ConnectionError, urllib.error.URLError, aiohttp.ClientError) as error:
+            raise ServerError(f"ComfyUI ended or broke off while it ran a graph, {at} ({error}):\n{self.log_tail()}") from error
         result.outputs.update(history.get("outputs", {}))
         return result
 

@@ -1,11 +1,15 @@
 """dev.py: options, the stamp, clear sentences."""
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from palimpsest.devtools import bootstrap, hosts
 from palimpsest.devtools.steps import SetupError
+from palimpsest.tests.helpers.ci import absent
 
 
 @pytest.fixture
@@ -39,8 +43,8 @@ def test_a_folder_that_is_no_comfyui_is_refused_before_anything_is_made(root, tm
 def test_the_second_install_does_nothing(installs, tmp_path):
     pins, stamp = tmp_path / "requirements.txt", tmp_path / "stamp.json"
     pins.write_text("one==1\n")
-    bootstrap.install("python", [pins], stamp)
-    bootstrap.install("python", [pins], stamp)
+    bootstrap.install("python", {"host": pins}, stamp)
+    bootstrap.install("python", {"host": pins}, stamp)
     assert installs == [["install", "-r", str(pins)]]
 
 
@@ -48,19 +52,46 @@ def test_a_changed_pin_is_installed_and_an_unchanged_file_is_not(installs, tmp_p
     pins, tests, stamp = tmp_path / "requirements.txt", tmp_path / "requirements-test.txt", tmp_path / "stamp.json"
     pins.write_text("one==1\n")
     tests.write_text("two==2\n")
-    bootstrap.install("python", [pins], stamp)
-    bootstrap.install("python", [pins, tests], stamp)
+    bootstrap.install("python", {"host": pins}, stamp)
+    bootstrap.install("python", {"host": pins, "test": tests}, stamp)
     pins.write_text("one==1.1\n")
-    bootstrap.install("python", [pins, tests], stamp)
+    bootstrap.install("python", {"host": pins, "test": tests}, stamp)
     assert installs == [["install", "-r", str(pins)], ["install", "-r", str(tests)], ["install", "-r", str(pins)]]
 
 
-def test_a_damaged_stamp_installs_again(installs, tmp_path):
+def test_going_back_to_the_first_host_installs_its_pins_again(installs, tmp_path):
+    """Regression: the stamp remembered every file ever installed, so after another ComfyUI's pins ours counted as installed."""
+    ours, users, stamp = tmp_path / "requirements.txt", tmp_path / "requirements-host.txt", tmp_path / "stamp.json"
+    ours.write_text("one==1\n")
+    users.write_text("one==2\n")
+    for file in (ours, users, ours, ours):
+        bootstrap.install("python", {"host": file}, stamp)
+    assert [call[-1] for call in installs] == [str(ours), str(users), str(ours)]
+
+
+def test_an_install_that_failed_half_way_is_done_again(installs, monkeypatch, tmp_path):
+    ours, users, stamp = tmp_path / "requirements.txt", tmp_path / "requirements-host.txt", tmp_path / "stamp.json"
+    ours.write_text("one==1\n")
+    users.write_text("one==2\n")
+    bootstrap.install("python", {"host": ours}, stamp)
+    with monkeypatch.context() as broken:
+        def fail(*_):
+            raise SetupError("no network")
+
+        broken.setattr(bootstrap, "pip", fail)
+        with pytest.raises(SetupError):
+            bootstrap.install("python", {"host": users}, stamp)
+    bootstrap.install("python", {"host": ours}, stamp)
+    assert len(installs) == 2
+
+
+@pytest.mark.parametrize("damaged", ["[", "[]", '["0a1b"]'])
+def test_a_damaged_stamp_installs_again(installs, tmp_path, damaged):
     pins, stamp = tmp_path / "requirements.txt", tmp_path / "stamp.json"
     pins.write_text("one==1\n")
-    stamp.write_text("[")
-    bootstrap.install("python", [pins], stamp)
-    bootstrap.install("python", [pins], stamp)
+    stamp.write_text(damaged)
+    bootstrap.install("python", {"host": pins}, stamp)
+    bootstrap.install("python", {"host": pins}, stamp)
     assert len(installs) == 1
 
 
@@ -72,8 +103,8 @@ def test_an_install_that_failed_leaves_no_stamp(monkeypatch, tmp_path):
     pins, stamp = tmp_path / "requirements.txt", tmp_path / "stamp.json"
     pins.write_text("one==1\n")
     with pytest.raises(SetupError):
-        bootstrap.install("python", [pins], stamp)
-    assert not stamp.exists()
+        bootstrap.install("python", {"host": pins}, stamp)
+    assert not stamp.exists() or json.loads(stamp.read_text()) == {}
 
 
 def test_a_python_without_ensurepip_is_told_what_to_install(monkeypatch, tmp_path):
@@ -126,3 +157,34 @@ def test_the_pins_of_both_hosts_are_those_of_their_own_requirements(root):
         ours = set((root / "devtools" / name).read_text(encoding="utf-8").split("\n"))
         theirs = {line.strip() for line in (folder / "requirements.txt").read_text(encoding="utf-8").splitlines() if line.startswith("comfyui-")}
         assert theirs and theirs <= ours
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_tests_are_told_whether_the_host_is_the_users(tmp_path, monkeypatch, own):
+    """Regression: COMFYUI_PATH, which is always set for the tests, was taken for the user's, so in CI a missing host was never a failure."""
+    monkeypatch.setenv("PALIMPSEST_OWN_HOST", "left over")
+    env = bootstrap.environment(tmp_path, own)
+    assert env["COMFYUI_PATH"] == str(tmp_path) and bool(env["PALIMPSEST_OWN_HOST"]) is own
+
+
+@pytest.mark.parametrize(("ci", "excused", "outcome"), [
+    ("true", False, pytest.fail.Exception), ("true", True, pytest.skip.Exception), ("", False, pytest.skip.Exception), ("0", False, pytest.skip.Exception)])
+def test_what_is_missing_fails_in_ci_only(monkeypatch, ci, excused, outcome):
+    monkeypatch.setenv("CI", ci)
+    with pytest.raises(outcome, match="no host"):
+        absent("no host", excused)
+
+
+def test_scripts_are_found_where_that_python_keeps_them(monkeypatch, tmp_path):
+    """Regression: on Windows the scripts of a Python without environment lie in a folder of their own."""
+    file = tmp_path / "Scripts" / ("pytest.exe" if os.name == "nt" else "pytest")
+    file.parent.mkdir()
+    monkeypatch.setattr(bootstrap.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, f"{file.parent}\n", ""))
+    python = tmp_path / "python"
+    assert bootstrap.script(python, "pytest") is None
+    file.touch()
+    assert bootstrap.script(python, "pytest") == file
+
+
+def test_this_pythons_own_pytest_is_found():
+    assert bootstrap.script(Path(sys.executable), "pytest").is_file()

@@ -18,6 +18,12 @@ def test_no_warning_names_this_pack(oldest_server, root):
     assert our_warnings(oldest_server, root) == []
 
 
+@pytest.mark.parametrize("method", ["ddim_invert", "pnp"])
+def test_every_method_has_a_smoke_graph(method):
+    """An empty list would be no test at all."""
+    assert [path for path in SMOKE if path.stem.startswith(f"mini-{method}")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SMOKE, ids=lambda path: path.stem)
 def test_smoke_graph(oldest_server, path):
