@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from palimpsest.devtools import canvas, layout
+from palimpsest.devtools import canvas, hosts, layout
 from palimpsest.devtools.graphs import api_graphs, load_graph
 
 GRAPHS = api_graphs()
@@ -118,6 +118,9 @@ def test_files_that_a_graph_needs_are_declared_with_a_direct_address(path):
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
 def test_canvas_is_the_one_made_from_the_api_graph(server, path):
     """After a change in workflows/api: `python dev.py workflows`."""
+    version = server.get("/system_stats")["system"]["comfyui_version"]
+    if version != hosts.CURRENT:
+        pytest.skip(f"the files are made on ComfyUI {hosts.CURRENT}, whose nodes may have other widgets than {version}'s")
     assert (canvas.FOLDER / path.name).read_text(encoding="utf-8") == canvas.canvas_text(path, server.object_info())
 
 
