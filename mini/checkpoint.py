@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .autoencoder import Autoencoder
-from .nets import CONTEXT, END, START, TEXT_CONFIG, VOCABULARY, unet_config
+from .nets import CONTEXT, TEXT_CONFIG, VOCABULARY, unet_config
 from .storage import read_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -23,7 +23,8 @@ def names() -> list[str]:
 def load_model(weights: dict[str, torch.Tensor]):
     """The UNet as a ModelPatcher of the host's SD1.x class, with dtype and devices chosen by the host.
 
-    weights: state dict whose keys start with `model.diffusion_model.`, as in any SD1.x checkpoint.
+    weights: state dict whose keys start with `model.diffusion_model.`, as in any SD1.x checkpoint; floats, any dtype.
+    Raises KeyError where it holds no UNet and RuntimeError where shapes do not fit.
     """
     import comfy.model_management as mm
     import comfy.model_patcher
@@ -41,7 +42,12 @@ def load_model(weights: dict[str, torch.Tensor]):
 
 
 def load_clip(weights: dict[str, torch.Tensor]):
-    """The text encoder as a CLIP of the host: its SD1 tokenizer, its CLIP transformer at our width."""
+    """The text encoder as a CLIP of the host: its SD1 tokenizer, its CLIP transformer at our width (states [B, 77, CONTEXT]).
+
+    weights: state dict with `token_ids` [N], the CLIP ids that own an embedding, and keys that start with `text_encoder.`,
+    whose embedding [N + 1, CONTEXT] has the vector of all other ids last. Raises KeyError where one of them is missing,
+    RuntimeError where shapes do not fit, ValueError (one sentence) where other tensors are missing.
+    """
     import comfy.sd
     import comfy.sd1_clip
 
@@ -83,6 +89,7 @@ def load_vae(weights: dict[str, torch.Tensor]):
 
     The host's constructor sets up an 8x, 4-channel KL autoencoder with all attributes that its version needs; our net,
     which keeps the same scale and the same -1..1 pictures, then takes that one's place before anything has run.
+    weights: state dict of `Autoencoder`. Raises RuntimeError where its keys or shapes are others.
     """
     import comfy.model_patcher
     import comfy.ops
@@ -106,7 +113,10 @@ def load_vae(weights: dict[str, torch.Tensor]):
 
 
 def load(name: str):
-    """(MODEL, CLIP, VAE) of the shipped member `name`. Raises ValueError when a weights file is missing or damaged."""
+    """(MODEL, CLIP, VAE) of the shipped member `name`. Raises ValueError, one sentence, when there is none of that name, or a weights file is missing or damaged."""
+    known = names()
+    if known and name not in known:
+        raise ValueError(f"There is no mini model called {name}: choose one of {', '.join(known)}.")
     found = []
     for file, parts in ((f"{name}.safetensors", (load_model, load_clip)), ("autoencoder.safetensors", (load_vae,))):
         weights, _ = read_weights(WEIGHTS / file)
@@ -114,9 +124,7 @@ def load(name: str):
             found += [part(weights) for part in parts]
         # KeyError: tensors missing; RuntimeError: torch's list of all keys and shapes that do not fit
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"The mini weights {file} are whole, but {file} holds other weights than this pack expects; reinstall the pack.") from error
+            raise ValueError(f"The file {file} holds other weights than this version of the pack expects; reinstall the pack or run `python dev.py train` again.") from error
     model, clip, vae = found
     return model, clip, vae
 
-
-__all__ = ["END", "START", "load", "load_clip", "load_model", "load_vae", "names"]

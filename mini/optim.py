@@ -6,6 +6,7 @@ every few minutes until the cool-down starts, so a later call continues at the c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -36,6 +37,8 @@ class Trainer:
         self.seed, self.seconds = seed, 60.0 * minutes
         self.start = self.reported = time.monotonic()
         self.losses: list[float] = []
+        self.loss = float("nan")  # mean over the last line of the curve
+        self.lines = 0  # of the curve that belong to this run
         self.saved, self.cooling = self.start, False
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -55,13 +58,14 @@ class Trainer:
                     continue
                 self.optimizer.state[p] = {"step": torch.tensor(float(counters["step"])),
                                            "exp_avg": tensors[f"m.{k}"].to(p.device), "exp_avg_sq": tensors[f"v.{k}"].to(p.device)}
-        self.step, self.images = counters["step"], counters["images"]
+        self.step, self.images, self.lines = counters["step"], counters["images"], 1
         # A fresh stream of random numbers: replaying the first one would show the same batches again.
         self.generator.manual_seed(self.seed + self.step)
         print(f"resumed at step {self.step}, {self.images} images", flush=True)
         return True
 
     def save(self) -> None:
+        """Write the state to `folder`; each file is whole or the old one. Raises OSError when it cannot be written."""
         tensors = {}
         for k, p in self.named.items():
             tensors |= {f"weight.{k}": p.detach(), f"average.{k}": self.average[k]}
@@ -74,10 +78,25 @@ class Trainer:
         partial.replace(self.folder / "state.safetensors")
         (self.folder / "state.json").write_text(json.dumps({"step": self.step, "images": self.images}))
 
+    @contextlib.contextmanager
+    def saving(self):
+        """Context of the training loop: Ctrl-C saves the state, says what was kept, and goes on as KeyboardInterrupt."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.cooling:
+                kept = "the state from before the cool-down is kept, and the cool-down will be run again"
+            else:
+                self.save()
+                kept = "the state is saved"
+            print(f"\nstopped at step {self.step}: {kept}; the same command goes on from there", flush=True)
+            raise
+
     # -- one step ------------------------------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
+        """Fraction of this call's minutes that is used up, above 1 at the end."""
         return (time.monotonic() - self.start) / self.seconds
 
     def update(self, loss: torch.Tensor, images: int) -> bool:
@@ -106,6 +125,7 @@ class Trainer:
         return progress < 1
 
     def report(self) -> None:
+        """Print a line and add it to curve.csv (step, images, mean loss since the last line); nothing where no step was made since."""
         # The last update may just have reported.
         if not self.losses:
             return
@@ -113,9 +133,15 @@ class Trainer:
         rate = len(self.losses) * (self.images / max(1, self.step)) / (now - self.reported)
         mean = sum(self.losses) / len(self.losses)
         print(f"step {self.step}  images {self.images}  loss {mean:.5f}  {rate:.0f} images/s  {100 * self.progress:.0f} % of the time", flush=True)
-        with open(self.folder / "curve.csv", "a", encoding="utf-8") as file:
+        # a new run starts a new curve
+        with open(self.folder / "curve.csv", "a" if self.lines else "w", encoding="utf-8") as file:
             file.write(f"{self.step},{self.images},{mean:.6f}\n")
-        self.losses, self.reported = [], now
+        self.losses, self.reported, self.loss, self.lines = [], now, mean, self.lines + 1
+
+    def record(self, batch: int) -> dict:
+        """What the weights' metadata says about the run."""
+        return {"steps": self.step, "images": self.images, "seed": self.seed, "learning_rate": self.lr, "batch": batch, "ema_decay": self.decay,
+                "final_loss": round(self.loss, 6), "device": next(iter(self.named.values())).device.type, "torch": torch.__version__}
 
     def averaged(self) -> dict[str, torch.Tensor]:
         """State dict of the averaged weights, buffers included."""

@@ -12,6 +12,7 @@ import torch
 
 from .autoencoder import Autoencoder
 from .checkpoint import TEXT_PREFIX, UNET_PREFIX, WEIGHTS
+from .samples import draw_samples
 from .storage import read_weights, write_weights
 from .tokens import GrammarTokens
 
@@ -19,22 +20,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def shipped_autoencoder() -> Autoencoder:
+    """The autoencoder of mini/weights, ready to encode. Raises ValueError when its file is missing or damaged."""
     net = Autoencoder()
     net.load_state_dict(read_weights(WEIGHTS / "autoencoder.safetensors")[0])
     return net.eval()
 
 
 def train_autoencoder(folder: Path, args, device) -> None:
+    """Run the recipe with state in `folder` and write the weights; args as `main` parses them."""
     from . import train_autoencoder as recipe
 
     start = read_weights(WEIGHTS / "autoencoder.safetensors")[0] if args.from_shipped or args.decoder_only else None
     if args.decoder_only:
         folder = folder.with_name("autoencoder-decoder")
-    state, metadata = recipe.train(folder, args.minutes, device, args.seed, start, args.decoder_only)
+    state, metadata = recipe.train(folder, args.minutes, device, args.seed, start, args.decoder_only, resume=not args.from_shipped)
     write_weights(args.output or WEIGHTS / "autoencoder.safetensors", state, metadata)
 
 
 def train_text_to_image(folder: Path, args, device) -> None:
+    """Run the recipe with state in `folder`, write the weights, draw samples.png beside the state; args as `main` parses them."""
     from . import train_text_to_image as recipe
 
     start = None
@@ -42,28 +46,35 @@ def train_text_to_image(folder: Path, args, device) -> None:
         shipped = read_weights(WEIGHTS / "text_to_image.safetensors")[0]
         prefixes = {UNET_PREFIX: "unet.", TEXT_PREFIX: "text."}
         start = {new + k[len(old):]: v for old, new in prefixes.items() for k, v in shipped.items() if k.startswith(old)}
-    state, metadata = recipe.train(folder, args.minutes, device, shipped_autoencoder(), args.seed, start)
+    state, metadata = recipe.train(folder, args.minutes, device, shipped_autoencoder(), args.seed, start, resume=not args.from_shipped)
     named = {k.replace("unet.", UNET_PREFIX, 1) if k.startswith("unet.") else k.replace("text.", TEXT_PREFIX, 1): v for k, v in state.items()}
     named["token_ids"] = torch.tensor(GrammarTokens().ids, dtype=torch.int32)
-    write_weights(args.output or WEIGHTS / "text_to_image.safetensors", named, metadata)
+    file = args.output or WEIGHTS / "text_to_image.safetensors"
+    # first without the figures: whatever goes wrong while sampling, hours of training are kept
+    write_weights(file, named, metadata)
+    figures = draw_samples(folder / "samples.png", *(read_weights(path)[0] for path in (file, WEIGHTS / "autoencoder.safetensors")))
+    write_weights(file, named, {**metadata, **figures})
 
 
 MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image}
 
 
 def main(argv: list[str]) -> int:
+    """Exit status; SystemExit for arguments that make no sense."""
     parser = argparse.ArgumentParser(prog="dev.py train", description=__doc__)
     parser.add_argument("name", choices=sorted(MEMBERS))
     parser.add_argument("--minutes", type=float, default=60.0, help="wall-clock minutes; the last third cools the learning rate down")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--from-shipped", action="store_true", help="start from mini/weights instead of from noise")
+    parser.add_argument("--from-shipped", action="store_true", help="start from mini/weights, with a fresh optimiser; an earlier state in .train is replaced")
     parser.add_argument("--decoder-only", action="store_true", help="autoencoder: keep the shipped encoder and improve its decoder")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier state in .train")
     parser.add_argument("--output", type=Path, default=None, help="where to write the weights (default mini/weights/NAME.safetensors)")
     args = parser.parse_args(argv)
     if not 0 < args.minutes:
         parser.error(f"--minutes must be above 0, {args.minutes} was given.")
+    if args.output and args.output.suffix != ".safetensors":
+        parser.error(f"--output must end in .safetensors, {args.output.name} was given.")
     folder = ROOT / ".train" / args.name
     if args.fresh:
         for file in folder.glob("state.*"):

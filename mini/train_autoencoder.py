@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from .autoencoder import Autoencoder
+from .metrics import psnr
 from .optim import Trainer
 from .scenes import SIZE, render, sample_scene
 
@@ -24,22 +25,24 @@ def pictures(first_seed: int, count: int) -> torch.Tensor:
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 
-def psnr(model: Autoencoder, held_out: torch.Tensor) -> float:
-    """Mean PSNR in dB of decode(encode(x)) against x, both in 0..1, over pictures uint8 [n, 3, H, W]."""
+def mean_psnr(model: Autoencoder, held_out: torch.Tensor) -> float:
+    """Mean PSNR in dB of decode(encode(x)) against x, both in 0..1, over pictures uint8 [n, 3, H, W]; the model on the CPU."""
     values = []
     with torch.inference_mode():
         for batch in held_out.split(32):
             x = batch.float() / 255
             y = ((model.decode(model.encode(x * 2 - 1)) + 1) / 2).clamp(0, 1)
-            values.append(-10 * torch.log10((x - y).square().mean((1, 2, 3))))
-    return torch.cat(values).mean().item()
+            values += [psnr(a, b) for a, b in zip(x, y)]
+    return sum(values) / len(values)
 
 
 def train(folder: Path, minutes: float, device: torch.device, seed: int = 0, weights: dict | None = None,
-          decoder_only: bool = False) -> tuple[dict, dict]:
+          decoder_only: bool = False, resume: bool = True) -> tuple[dict, dict]:
     """Train for `minutes`; returns (state dict of the averaged weights, metadata). `weights` is a state dict to start from.
 
+    folder: where the state is kept; resume: go on from the state that is there, whose weights then replace `weights`.
     decoder_only: keep the encoder and the statistics of `weights`, so that models trained on its latents stay valid.
+    Raises ValueError for decoder_only without weights, and KeyboardInterrupt, with the state saved.
     """
     torch.manual_seed(seed)
     model = Autoencoder().to(device, memory_format=torch.channels_last)
@@ -56,19 +59,21 @@ def train(folder: Path, minutes: float, device: torch.device, seed: int = 0, wei
     print(f"autoencoder: {sum(p.numel() for p in model.parameters())} parameters; drawing {POOL} scenes", flush=True)
     pool = pictures(TRAIN_SEED, POOL)
     trainer = Trainer(model, folder, minutes, LEARNING_RATE, seed)
-    trainer.resume()
+    if resume:
+        trainer.resume()
     going = True
-    while going:
-        pick = torch.randint(POOL, (BATCH,), generator=trainer.generator)
-        x = pool[pick].to(device).float().to(memory_format=torch.channels_last) / 127.5 - 1
-        with torch.autocast(device.type, torch.bfloat16):
-            raw = model.encoder(x)
-            spread = raw.detach().float().std((0, 2, 3), keepdim=True)
-            y = model.decoder(raw + JITTER * spread * torch.randn(raw.shape, generator=trainer.generator).to(device))
-        error = y.float() - x
-        # The last term only keeps raw latents from drifting without bound.
-        loss = error.square().mean() + 0.1 * error.abs().mean() + 1e-4 * raw.float().square().mean()
-        going = trainer.update(loss, BATCH)
+    with trainer.saving():
+        while going:
+            pick = torch.randint(POOL, (BATCH,), generator=trainer.generator)
+            x = pool[pick].to(device).float().to(memory_format=torch.channels_last) / 127.5 - 1
+            with torch.autocast(device.type, torch.bfloat16):
+                raw = model.encoder(x)
+                spread = raw.detach().float().std((0, 2, 3), keepdim=True)
+                y = model.decoder(raw + JITTER * spread * torch.randn(raw.shape, generator=trainer.generator).to(device))
+            error = y.float() - x
+            # The last term only keeps raw latents from drifting without bound.
+            loss = error.square().mean() + 0.1 * error.abs().mean() + 1e-4 * raw.float().square().mean()
+            going = trainer.update(loss, BATCH)
     trainer.report()
     model.load_state_dict(trainer.averaged())
     if not decoder_only:
@@ -77,7 +82,6 @@ def train(folder: Path, minutes: float, device: torch.device, seed: int = 0, wei
         model.mean.copy_(raw.mean((0, 2, 3)))
         model.std.copy_(raw.std((0, 2, 3)))
     model.cpu().eval()
-    quality = psnr(model, pictures(HELD_OUT_SEED, 256))
+    quality = mean_psnr(model, pictures(HELD_OUT_SEED, 256))
     print(f"autoencoder: PSNR {quality:.2f} dB on 256 held-out scenes", flush=True)
-    return model.state_dict(), {"recipe": "autoencoder", "steps": trainer.step, "images": trainer.images,
-                                "data_seed": TRAIN_SEED, "psnr_db": round(quality, 3)}
+    return model.state_dict(), {"recipe": "autoencoder", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "psnr_db": round(quality, 3)}

@@ -45,7 +45,10 @@ def precompute(folder: Path, autoencoder: Autoencoder, count: int = SCENES) -> t
         print(f"latents: {start + len(batch)} of {count}", flush=True)
     latents = torch.cat(parts).clone()
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": latents}, file)
+    # half a file, from a run that was stopped here, would be taken for a whole one
+    partial = file.with_suffix(".partial")
+    save_file({"latents": latents}, partial)
+    partial.replace(file)
     return latents
 
 
@@ -65,8 +68,13 @@ def batch_tokens(tokens: GrammarTokens, picks: list[int], generator: torch.Gener
 
 
 def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoencoder, seed: int = 0,
-          weights: dict | None = None) -> tuple[dict, dict]:
-    """Train UNet and text encoder together for `minutes`; returns (state dict, metadata). `weights` is a state dict to start from."""
+          weights: dict | None = None, resume: bool = True) -> tuple[dict, dict]:
+    """Train UNet and text encoder together for `minutes`; returns (state dict of the averaged weights, metadata).
+
+    weights: state dict to start from, keys "unet." and "text.". folder: where state and latents are kept; resume: go on
+    from the state that is there, whose weights then replace `weights`. Loss: see the comment on the weighting.
+    Raises KeyboardInterrupt, with the state saved.
+    """
     torch.manual_seed(seed)
     tokens = GrammarTokens()
     model = torch.nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokens.unknown + 1)})
@@ -78,26 +86,30 @@ def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoe
     for name, net in model.items():
         print(f"{name}: {sum(p.numel() for p in net.parameters())} parameters", flush=True)
     trainer = Trainer(model, folder, minutes, LEARNING_RATE, seed, decay=0.9995)
-    trainer.resume()
+    if resume:
+        trainer.resume()
     g = trainer.generator
     going = True
-    while going:
-        pick = torch.randint(len(latents), (BATCH,), generator=g)
-        ids = batch_tokens(tokens, pick.tolist(), g).to(device)
-        clean = latents[pick].to(device).float()
-        t = torch.randint(1000, (BATCH,), generator=g).to(device)
-        noise = (torch.randn(clean.shape, generator=g) + OFFSET_NOISE * torch.randn(BATCH, 4, 1, 1, generator=g)).to(device)
-        a = abar[t][:, None, None, None]
-        with torch.autocast(device.type, torch.bfloat16):
-            context = text_states(model["text"], ids)
-            predicted = model["unet"](a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context,
-                                      transformer_options={"optimized_attention_override": attention_for_training})
-        # Min-SNR weighting (Hang et al. 2023, eq. 5) for eps prediction: the last, nearly clean steps would crowd out layout.
-        # The second factor leans towards the loss in v (exponent 1; Salimans and Ho 2022): layout and colours are decided
-        # at the noisiest levels, where an error in the picture is a tiny error in eps and words are learned last.
-        noise_to_signal = (1 - abar[t]) / abar[t]
-        weight = (SNR_LIMIT * noise_to_signal).clamp(max=1) * (1 + noise_to_signal) ** V_EXPONENT
-        loss = (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
-        going = trainer.update(loss, BATCH)
+    with trainer.saving():
+        while going:
+            pick = torch.randint(len(latents), (BATCH,), generator=g)
+            ids = batch_tokens(tokens, pick.tolist(), g).to(device)
+            clean = latents[pick].to(device).float()
+            t = torch.randint(1000, (BATCH,), generator=g).to(device)
+            noise = (torch.randn(clean.shape, generator=g) + OFFSET_NOISE * torch.randn(BATCH, 4, 1, 1, generator=g)).to(device)
+            a = abar[t][:, None, None, None]
+            with torch.autocast(device.type, torch.bfloat16):
+                context = text_states(model["text"], ids)
+                predicted = model["unet"](a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context,
+                                          transformer_options={"optimized_attention_override": attention_for_training})
+            # Min-SNR weighting (Hang et al. 2023, eq. 5) for eps prediction: the last, nearly clean steps would crowd out layout.
+            # The second factor leans towards the loss in v (exponent 1; Salimans and Ho 2022): layout and colours are decided
+            # at the noisiest levels, where an error in the picture is a tiny error in eps and words are learned last.
+            noise_to_signal = (1 - abar[t]) / abar[t]
+            weight = (SNR_LIMIT * noise_to_signal).clamp(max=1) * (1 + noise_to_signal) ** V_EXPONENT
+            loss = (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+            going = trainer.update(loss, BATCH)
     trainer.report()
-    return trainer.averaged(), {"recipe": "text_to_image", "steps": trainer.step, "images": trainer.images, "data_seed": TRAIN_SEED}
+    weighting = f"min-SNR {SNR_LIMIT:g}, (1 + noise / signal)^{V_EXPONENT:g}"
+    return trainer.averaged(), {"recipe": "text_to_image", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "scenes": len(latents),
+                                "weighting": weighting, "offset_noise": OFFSET_NOISE, "prompt_dropout": PROMPT_DROPOUT}

@@ -5,7 +5,7 @@ import torch
 from palimpsest.mini.autoencoder import SCALE, Autoencoder
 from palimpsest.mini.checkpoint import WEIGHTS
 from palimpsest.mini.storage import read_weights
-from palimpsest.mini.train_autoencoder import pictures, psnr
+from palimpsest.mini.train_autoencoder import mean_psnr, pictures
 
 
 @pytest.mark.parametrize("height, width", [(128, 128), (64, 192), (8, 8), (136, 72)])
@@ -47,7 +47,7 @@ def test_the_shipped_one_keeps_pictures():
     weights, metadata = read_weights(file)
     net.load_state_dict(weights)
     held_out = pictures(60_000_000, 12)
-    assert psnr(net.eval(), held_out) > 27
+    assert mean_psnr(net.eval(), held_out) > 27
     with torch.inference_mode():
         latents = net.encode(held_out.float() / 127.5 - 1) * SCALE
     assert 0.7 < latents.std() < 1.3 and latents.mean().abs() < 0.3, "latents at the scale of Stable Diffusion's"

@@ -126,3 +126,49 @@ def test_a_report_right_after_a_report_says_nothing(tmp_path, clock):
     steps(trainer, 1)
     trainer.report()
     assert len((tmp_path / "curve.csv").read_text().splitlines()) == 1
+
+
+def test_a_new_run_starts_a_new_curve_and_a_resumed_one_goes_on(tmp_path, clock):
+    """Regression: --fresh left the old run's curve, and the new one was added to it."""
+    def lines(resume):
+        trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+        if resume:
+            assert trainer.resume()
+        steps(trainer, 2)
+        clock.now += 1
+        trainer.report()
+        trainer.save()
+        return len((tmp_path / "curve.csv").read_text().splitlines())
+
+    assert [lines(resume) for resume in (False, True, True, False)] == [1, 2, 3, 1]
+
+
+def test_ctrl_c_saves_the_state_and_says_so(tmp_path, clock, capsys):
+    """Regression: up to five minutes were lost."""
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    with pytest.raises(KeyboardInterrupt), trainer.saving():
+        steps(trainer, 7)
+        raise KeyboardInterrupt
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 7
+    assert "stopped at step 7: the state is saved" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_cool_down_keeps_the_state_from_before_it(tmp_path, clock, capsys):
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    with pytest.raises(KeyboardInterrupt), trainer.saving():
+        steps(trainer, 7)
+        clock.now += 600 * (1 - optim.COOLDOWN) + 1
+        steps(trainer, 5)
+        raise KeyboardInterrupt
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 7
+    assert "before the cool-down is kept" in capsys.readouterr().out
+
+
+def test_the_record_names_what_made_the_weights(tmp_path, clock):
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=3)
+    steps(trainer, 2)
+    clock.now += 1
+    trainer.report()
+    record = trainer.record(batch=8)
+    assert (record["seed"], record["steps"], record["images"], record["batch"], record["learning_rate"], record["device"]) == (3, 2, 16, 8, 1e-2, "cpu")
+    assert record["final_loss"] > 0

@@ -67,6 +67,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_half_written(file, monke
     assert [path.name for path in file.parent.glob("*.safetensors")] == [file.name]
 
 
+def test_a_file_of_another_kind_is_not_opened(tmp_path):
+    path = tmp_path / "member.safetensors.pt"
+    torch.save({"a": Alarm()}, path)
+    with pytest.raises(ValueError, match="is none") as failed:
+        storage.read_weights(path)
+    one_sentence(failed)
+
+
+def test_a_member_that_is_not_there_is_named_with_those_that_are(file, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", file.parent)
+    for name in ("none", "../member"):
+        with pytest.raises(ValueError, match=f"no mini model called {name}: choose one of member."):
+            checkpoint.load(name)
+
+
 @pytest.mark.parametrize("damaged", ["text_to_image", "autoencoder"])
 def test_a_safetensors_file_of_something_else_is_one_sentence(tmp_path, monkeypatch, damaged):
     """Regression: a wrong file ended in a bare KeyError, or in a list of all missing keys."""

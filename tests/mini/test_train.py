@@ -1,10 +1,12 @@
 """`dev.py train` end to end, for seconds, into a temporary folder."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from palimpsest.mini import checkpoint, optim, storage, train, train_autoencoder, train_text_to_image
+from palimpsest.mini import checkpoint, optim, samples, storage, train, train_autoencoder, train_text_to_image
 from palimpsest.mini.autoencoder import Autoencoder
 
 
@@ -16,6 +18,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(train_autoencoder, "POOL", 16)
     monkeypatch.setattr(train_autoencoder, "BATCH", 4)
     monkeypatch.setattr(train_text_to_image, "BATCH", 2)
+    for name, value in (("COLUMNS", 2), ("ROWS", 1), ("STEPS", 1)):
+        monkeypatch.setattr(samples, name, value)
     # held-out pictures as well: 256 of them take longer than the training
     drawn = train_autoencoder.pictures
     monkeypatch.setattr(train_autoencoder, "pictures", lambda first, count: drawn(first, min(count, 16)))
@@ -31,7 +35,7 @@ def run(*argv):
     assert train.main([*argv, "--device", "cpu"]) == 0
 
 
-def test_autoencoder_then_text_to_image_then_on_from_where_they_stopped(small):
+def test_autoencoder_then_text_to_image_then_on_from_where_they_stopped(small, monkeypatch):
     weights = small / "weights"
     run("autoencoder", "--minutes", "1")
     tensors, metadata = storage.read_weights(weights / "autoencoder.safetensors")
@@ -44,13 +48,40 @@ def test_autoencoder_then_text_to_image_then_on_from_where_they_stopped(small):
     assert sorted(k.split(".")[0] for k in tensors)[0] == "model" and "token_ids" in tensors
     assert (weights / "text_to_image.safetensors").stat().st_size < 19e6, "all three nets may take 20 MB"
     checkpoint.load_model(tensors)
+    assert {"seed", "learning_rate", "batch", "weighting", "device", "final_loss", "data_seed"} <= metadata.keys() and metadata["device"] == "cpu"
+    assert 0 <= float(metadata["captions_followed"]) <= 1 and int(metadata["captions_attributes"]) > 0
+    with Image.open(small / ".train" / "text_to_image" / "samples.png") as grid:
+        assert grid.size == (256, 128)
 
     state = small / ".train" / "text_to_image" / "state.json"
     before = json.loads(state.read_text())["step"]
     run("text_to_image", "--minutes", "1")
     assert json.loads(state.read_text())["step"] > before
-    run("text_to_image", "--minutes", "1", "--fresh", "--from-shipped", "--output", str(small / "other.safetensors"))
-    assert (small / "other.safetensors").is_file()
+    # regression: an earlier state in .train silently took the shipped weights' place
+    monkeypatch.setattr(optim.Trainer, "resume", lambda trainer: pytest.fail("resumed"))
+    run("text_to_image", "--minutes", "1", "--from-shipped", "--output", str(small / "other.safetensors"))
+    assert int(storage.read_weights(small / "other.safetensors")[1]["steps"]) < before + 6
+    assert len((state.parent / "curve.csv").read_text().splitlines()) == 1, "a new run starts a new curve"
+
+
+def test_the_autoencoder_from_shipped_weights_does_not_resume(small, monkeypatch):
+    """Regression: an earlier state in .train silently took the shipped weights' place."""
+    run("autoencoder", "--minutes", "1")
+    run("autoencoder", "--minutes", "1", "--from-shipped")
+    begun = int(storage.read_weights(small / "weights" / "autoencoder.safetensors")[1]["steps"])
+    run("autoencoder", "--minutes", "1")
+    assert int(storage.read_weights(small / "weights" / "autoencoder.safetensors")[1]["steps"]) > begun
+
+
+def test_weights_are_kept_when_drawing_the_samples_fails(small, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(train, "draw_samples", fails)
+    run("autoencoder", "--minutes", "1")
+    with pytest.raises(RuntimeError, match="no memory"):
+        run("text_to_image", "--minutes", "1")
+    assert storage.read_weights(small / "weights" / "text_to_image.safetensors")[1]["recipe"] == "text_to_image"
 
 
 def test_the_decoder_alone_leaves_the_latents_as_they_are(small):
@@ -70,9 +101,26 @@ def test_latents_are_computed_once(small, monkeypatch):
     assert first.shape == (16, 4, 16, 16) and first.dtype == torch.float16
 
 
+def test_latents_that_were_half_written_are_not_read(small, monkeypatch):
+    """Regression: a run stopped while it wrote its latents left a file that the next one took for whole."""
+    def breaks(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    net = Autoencoder().eval()
+    with monkeypatch.context() as broken:
+        broken.setattr(train_text_to_image, "save_file", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            train_text_to_image.precompute(small, net)
+    assert train_text_to_image.precompute(small, net).shape == (16, 4, 16, 16)
+
+
 def test_zero_minutes_and_unknown_members_are_refused(small, capsys):
     for argv in (["autoencoder", "--minutes", "0"], ["nobody"]):
         with pytest.raises(SystemExit):
             train.main(argv)
     assert "--minutes must be above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main(["autoencoder", "--output", "weights.pt"])
+    assert "must end in .safetensors" in capsys.readouterr().err
     assert not (small / "weights").exists()
