@@ -55,7 +55,7 @@ def inversion_sigmas(model, steps: int, scheduler: str, sigmas: Tensor | None = 
 
     Without `sigmas`: the schedule a stock KSampler has at denoise 1, for the model's own model_sampling, turned
     round. With `sigmas` [K]: those, in either direction; steps and scheduler are ignored. Raises ValueError for
-    zero steps and levels that are not finite, not negative and strictly monotonic.
+    zero steps, an unknown scheduler, and levels that are not finite, not negative and strictly monotonic.
     """
     import comfy.samplers
 
@@ -63,6 +63,8 @@ def inversion_sigmas(model, steps: int, scheduler: str, sigmas: Tensor | None = 
     if sigmas is None:
         if steps < 1:
             raise ValueError(f"DDIM Invert needs at least 1 step, but steps is {steps}.")
+        if scheduler not in comfy.samplers.SCHEDULER_NAMES:
+            raise ValueError(f"There is no scheduler called {scheduler}: choose one of {', '.join(comfy.samplers.SCHEDULER_NAMES)}.")
         origin = f"scheduler {scheduler} with {steps} steps"
         levels = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
         if len(levels) - 1 != steps:

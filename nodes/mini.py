@@ -68,6 +68,8 @@ def edit_scene(scene: Scene, attribute: str, value: str, index: int, seed: int) 
     """The edited twin; "auto" takes a word that shows. Raises ValueError, one sentence, for an edit that this scene cannot have."""
     if attribute == NONE:
         return scene
+    if attribute not in EDITS:
+        raise ValueError(f"A scene has no {attribute} to edit: set edit to {NONE}, {', '.join(EDITS)}.")
     if attribute not in OF_SCENE and index >= len(scene.objects):
         raise ValueError(f"The scene has {len(scene.objects)} object, so object {index + 1} cannot be edited: set edit_object to 1, or objects to 2.")
     obj = scene.objects[min(index, len(scene.objects) - 1)]
@@ -80,6 +82,9 @@ def edit_scene(scene: Scene, attribute: str, value: str, index: int, seed: int) 
         value = random.Random(seed).choice([word for word in EDITS[attribute] if word not in (old, taken)])
     if value not in EDITS[attribute]:
         raise ValueError(f"'{value}' is no {attribute}: set edit_value to {AUTO}, {', '.join(EDITS[attribute])}.")
+    if value == old:
+        what = f"The scene's {attribute}" if attribute in OF_SCENE else f"Object {index + 1}'s {attribute}"
+        raise ValueError(f"{what} is {value} already, so there is nothing to edit: choose another edit_value, or {AUTO}.")
     if value == taken:
         raise ValueError(f"Object {index + 1} already has {value} as its other color, so the pattern would vanish: choose another edit_value.")
     return edited(scene, attribute, value, index, seed)

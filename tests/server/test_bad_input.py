@@ -1,0 +1,144 @@
+"""What people connect by mistake, over HTTP: one sentence that names the node, nothing half-written, and the server keeps serving."""
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from palimpsest.inversion.storage import save_trajectory
+from palimpsest.inversion.trajectory import Trajectory
+
+pytestmark = pytest.mark.server
+
+
+def inversion(**changes) -> dict:
+    """Two steps of DDIM Invert on the mini checkpoint, saved; `changes` go to the node's inputs."""
+    return {
+        "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "text_to_image"}},
+        "2": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red circle"}},
+        "4": {"class_type": "PalimpsestDDIMInvert", "inputs": {
+            "model": ["1", 0], "latent_image": ["2", 0], "positive": ["3", 0], "steps": 2, "scheduler": "normal", "guidance": 1.0, "iterations": 0,
+            "convention": "destination", **changes}},
+        "5": {"class_type": "PalimpsestSaveTrajectory", "inputs": {"trajectory": ["4", 1], "filename_prefix": "trajectories/bad_input"}},
+    }
+
+
+def wrong_channels() -> dict:
+    return inversion(latent_image=["6", 0]) | {"6": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}}
+
+
+def nan_pixels() -> dict:
+    """The decoder makes NaN pixels of NaN latents; no stock node loads such a picture."""
+    return inversion(latent_image=["8", 0]) | {
+        "6": {"class_type": "LoadLatent", "inputs": {"latent": "nan.latent"}},
+        "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
+        "8": {"class_type": "VAEEncode", "inputs": {"pixels": ["7", 0], "vae": ["1", 2]}},
+    }
+
+
+def loaded(file: str) -> dict:
+    return {
+        "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "text_to_image"}},
+        "2": {"class_type": "PalimpsestLoadTrajectory", "inputs": {"file": file}},
+        "3": {"class_type": "PalimpsestReconstructCheck", "inputs": {"model": ["1", 0], "trajectory": ["2", 0]}},
+    }
+
+
+def injected(**changes) -> dict:
+    graph = inversion()
+    del graph["5"]
+    return graph | {
+        "6": {"class_type": "PalimpsestPnPInjector", "inputs": {
+            "model": ["1", 0], "trajectory": ["4", 1], "feature_layers": "preset default", "attention_layers": "preset default", "tau_f": 0.8, "tau_A": 0.5,
+            "negative_schedule": "off", "negative_alpha": 1.0, "bank_device": "auto", **changes}},
+        "7": {"class_type": "PreviewAny", "inputs": {"source": ["6", 2]}},
+    }
+
+
+def half_denoised() -> dict:
+    graph = injected()
+    return graph | {
+        "7": {"class_type": "KSampler", "inputs": {
+            "model": ["6", 0], "seed": 0, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "positive": ["3", 0], "negative": ["3", 0],
+            "latent_image": ["6", 1], "denoise": 0.4}},
+        "8": {"class_type": "SaveLatent", "inputs": {"samples": ["7", 0], "filename_prefix": "bad_input"}},
+    }
+
+
+def scene(**changes) -> dict:
+    inputs = {"seed": 1, "objects": "1", "caption": "", "edit": "none", "edit_value": "auto", "edit_object": 1, "name_all": True, **changes}
+    return {"1": {"class_type": "PalimpsestMiniScene", "inputs": inputs}, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 2]}}}
+
+
+@pytest.fixture(scope="module")
+def bad_files(server):
+    """Files in the server's input folder that are not what their names say."""
+    folder = server.base / "input"
+    whole = folder / "other_model.safetensors"
+    save_trajectory(Trajectory(sigmas=torch.tensor([0.0, 14.6]), latents=torch.zeros(2, 1, 4, 16, 16), conditioning=[], architecture="SD1.x", prediction="eps",
+                               fingerprint="abc:AAA="), str(whole))
+    (folder / "truncated.safetensors").write_bytes(whole.read_bytes()[:-100])
+    (folder / "pickle.safetensors").write_bytes(pickle.dumps({"latents": [1, 2, 3]}))
+    save_file({"weight": torch.zeros(3)}, str(folder / "weights.safetensors"))
+    (folder / "nan.latent").write_bytes(save({"latent_tensor": torch.full((1, 4, 16, 16), float("nan")), "latent_format_version_0": torch.zeros(0)}))
+
+
+# what is wrong: (graph, the node that says so, words of its sentence)
+BAD = {
+    "latent of 16 channels": (wrong_channels, "4", "16 channels, but the model works on 4"),
+    "NaN pixels": (nan_pixels, "4", "NaN or infinite"),
+    "trajectory of another model": (lambda: loaded("other_model.safetensors"), "3", "another SD1.x model"),
+    "truncated trajectory": (lambda: loaded("truncated.safetensors"), "2", "truncated.safetensors is not a readable safetensors file"),
+    "pickle": (lambda: loaded("pickle.safetensors"), "2", "pickle.safetensors is not a readable safetensors file"),
+    "weights for a trajectory": (lambda: loaded("weights.safetensors"), "2", "not a trajectory"),
+    "layer that is not there": (lambda: injected(feature_layers="u99"), "6", "u99"),
+    "layers in no notation": (lambda: injected(attention_layers="the middle"), "6", 'Cannot read "the" in the attention layers'),
+    "guidance without a negative": (lambda: inversion(guidance=7.5), "4", "needs a negative"),
+    "denoise below 1": (half_denoised, "7", "set denoise to 1"),
+    "edit of a second object": (lambda: scene(edit="color", edit_object=2), "1", "object 2 cannot be edited"),
+    "edit to what is there": (lambda: scene(caption="a red circle", edit="color", edit_value="red"), "1", "is red already"),
+    "edit to a word of another attribute": (lambda: scene(edit="shape", edit_value="red"), "1", "'red' is no shape"),
+}
+# widgets: some hosts refuse them before anything runs, in their own words, others leave it to us
+REFUSED = {
+    "zero steps": (lambda: inversion(steps=0), "4", "steps"),
+    "scheduler that is not there": (lambda: inversion(scheduler="none"), "4", "none"),
+    "member that is not shipped": (lambda: {**inversion(), "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "none"}}}, "1", "none"),
+    "missing trajectory file": (lambda: loaded("none.safetensors"), "2", "does not exist"),
+    "file outside the folders": (lambda: loaded("../../secret.safetensors"), "2", "outside"),
+}
+
+
+def written(server) -> set[str]:
+    """What lies in the output folder, apart from the pictures of the stock graph."""
+    return {path.name for path in (server.base / "output").rglob("*") if path.is_file() and not path.name.startswith("stock")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(server, keeps_serving, bad_files, name):
+    make, node_id, words = BAD[name]
+    before = written(server)
+    with keeps_serving() as failed:
+        server.run(make())
+    error = failed.value
+    assert error.node_id == node_id and words in error.message, str(error)
+    assert "\n" not in error.message and error.message.endswith(".") and error.exception_type == "ValueError"
+    assert written(server) == before, "something was left half-written"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_widget_is_refused_by_name(server, keeps_serving, name):
+    make, node_id, words = REFUSED[name]
+    with keeps_serving() as failed:
+        server.run(make())
+    assert failed.value.node_id == node_id and words in failed.value.message, str(failed.value)
+
+
+def test_an_empty_prompt_works(server):
+    graph = inversion()
+    graph["3"]["inputs"]["text"] = ""
+    before = written(server)
+    result = server.run(graph)
+    (new,) = written(server) - before
+    assert new in result.text("5") and "2 steps" in result.text("4")
