@@ -181,7 +181,7 @@ class ReconstructCheck(io.ComfyNode):
                 io.Image.Output(
                     "comparison",
                     display_name="comparison",
-                    tooltip="Inverted picture, reconstruction and their difference (4 times amplified, grey is none), side by side.",
+                    tooltip="Inverted picture, reconstruction and their difference (4 times amplified, gray is none), side by side.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -76,7 +76,7 @@ def edit_scene(scene: Scene, attribute: str, value: str, index: int, seed: int) 
     if attribute == "color2" and obj.pattern == "plain":
         raise ValueError(f"Object {index + 1} is plain and has no second color: edit its pattern, or choose a scene with a pattern.")
     old = getattr(scene if attribute in OF_SCENE else obj, attribute)
-    # A pattern in its object's own colour would not show.
+    # A pattern in its object's own color would not show.
     taken = {"color": obj.color2, "color2": obj.color}.get(attribute)
     if value == AUTO:
         value = random.Random(seed).choice([word for word in EDITS[attribute] if word not in (old, taken)])
@@ -175,7 +175,7 @@ class MiniScene(io.ComfyNode):
     def words(scene: Scene, seed: int, named, whole, edit: str, index: int, name_all: bool) -> str:
         """The caption of one of the two twins; both name the same attributes."""
         if named is None:
-            # To name a second colour is to name its pattern.
+            # To name a second color is to name its pattern.
             always = () if edit == NONE else ("pattern" if edit == "color2" else edit,)
             return caption_of(scene, seed, 1.0 if name_all else 0.7, always)[0]
         named, whole = [dict(n) for n in named], dict(whole)
