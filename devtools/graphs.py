@@ -80,6 +80,7 @@ def node_name(graph: dict, node_id: str | None) -> str:
 
 
 def title_of(node: dict) -> str:
+    """The title that a node of an API graph carries, "" if none."""
     return node.get("_meta", {}).get("title", "")
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a path: latents to colours, tiles with captions, strips, comparisons."""
+"""Pictures of a path: latents to colors, tiles with captions, strips, comparisons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CAPTION = 18
 
 
 def latent_to_rgb(latent_format, latents: Tensor) -> Tensor:
-    """Colours of latents [N, C, H, W] in sampler scaling, without a VAE: [N, H, W, 3] in 0..1 at latent size.
+    """Colors of latents [N, C, H, W] in sampler scaling, without a VAE: [N, H, W, 3] in 0..1 at latent size.
 
     Uses the host's latent previewer and the factors of the model's latent format; a format without factors
     shows its first three channels.
@@ -22,8 +22,8 @@ def latent_to_rgb(latent_format, latents: Tensor) -> Tensor:
     latents = latents.detach().to("cpu", torch.float32)
     factors = latent_format.latent_rgb_factors
     if factors is None:
-        colours = latents[:, [0, min(1, latents.shape[1] - 1), min(2, latents.shape[1] - 1)]].movedim(1, -1)
-        return (colours / (colours.flatten(1).std(dim=1).view(-1, 1, 1, 1) * 4 + 1e-6) + 0.5).clamp(0, 1)
+        colors = latents[:, [0, min(1, latents.shape[1] - 1), min(2, latents.shape[1] - 1)]].movedim(1, -1)
+        return (colors / (colors.flatten(1).std(dim=1).view(-1, 1, 1, 1) * 4 + 1e-6) + 0.5).clamp(0, 1)
     previewer = latent_preview.Latent2RGBPreviewer(factors, latent_format.latent_rgb_factors_bias)
     pictures = [np.asarray(previewer.decode_latent_to_preview(latent[None])) for latent in latents]
     return torch.from_numpy(np.stack(pictures)).float() / 255.0

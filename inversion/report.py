@@ -47,6 +47,7 @@ def describe(trajectory: Trajectory) -> str:
 
 
 def refinement_line(info: dict) -> str:
+    """What the fixed-point repeats did, in words; info: a trajectory's, with the keys of `run.refinement_figures`, iterations and steps."""
     iterations = info["iterations"]
     if iterations == 0:
         return "Refinement: off (plain DDIM inversion)"

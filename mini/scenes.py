@@ -89,6 +89,7 @@ def sample_color(rng: random.Random, name: str) -> tuple[float, float, float]:
 
 
 def sample_background(rng: random.Random, name: str) -> tuple[float, float, float]:
+    """A background's (r, g, b) in 0..1 near the middle of its name. Raises KeyError for a name that is not in BACKGROUNDS."""
     shift = rng.uniform(-0.03, 0.03)
     return tuple(min(1.0, max(0.0, c + shift + rng.uniform(-0.01, 0.01))) for c in BACKGROUNDS[name])
 
@@ -112,6 +113,7 @@ def sample_object(rng: random.Random, wanted: dict[str, str] | None = None) -> O
 
 
 def apart(a: Object, b: Object) -> bool:
+    """Whether two objects are far enough from each other that neither silhouette, at any tilt, touches the other."""
     return math.hypot(a.cx - b.cx, a.cy - b.cy) >= 1.1 * (a.radius + b.radius) + 4
 
 
@@ -243,6 +245,7 @@ def object_layers(obj: Object, style: str, box: tuple[int, int, int, int]) -> tu
 
 
 def bounds(obj: Object) -> tuple[int, int, int, int]:
+    """Pixel box (left, top, right, bottom), right and bottom excluded, that holds all of an object at any tilt; clipped to the picture."""
     reach = obj.radius * (EXTENT + 0.12) + 2
     return (max(0, int(obj.cx - reach)), max(0, int(obj.cy - reach)),
             min(SIZE, int(obj.cx + reach) + 1), min(SIZE, int(obj.cy + reach) + 1))

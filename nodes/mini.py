@@ -173,7 +173,11 @@ class MiniScene(io.ComfyNode):
 
     @staticmethod
     def words(scene: Scene, seed: int, named, whole, edit: str, index: int, name_all: bool) -> str:
-        """The caption of one of the two twins; both name the same attributes."""
+        """The caption of one of the two twins; both name the same attributes.
+
+        named, whole: what the user's own caption names of each object and of the scene (as `parse` returns them), None
+        without one. edit, index: the edited attribute and object, which are always named.
+        """
         if named is None:
             # To name a second color is to name its pattern.
             always = () if edit == NONE else ("pattern" if edit == "color2" else edit,)

@@ -12,6 +12,16 @@ INFO = {
 }
 
 
+def test_the_shipped_graphs_make_six_pnp_edits_and_a_round_trip():
+    """The contact sheet's promise; and an empty folder would leave every test over the graphs without cases."""
+    graphs = {path.stem: load_graph(path).values() for path in api_graphs() if path.stem.startswith("mini-")}
+    edits = [stem for stem, nodes in graphs.items() if any(node["class_type"] == "PalimpsestPnPInjector" for node in nodes)
+             for node in nodes if node["class_type"] == "SaveImage" and role(node).name == "edit"]
+    assert len(edits) >= 6, edits
+    assert any(node["class_type"] == "PalimpsestReconstructCheck" for nodes in graphs.values() for node in nodes)
+    assert any(not path.stem.startswith("mini-") for path in api_graphs()), "one for community checkpoints"
+
+
 @pytest.mark.parametrize(("title", "expected"), [
     ("input", Role("input", 1, "")),
     ("edit 2", Role("edit", 2, "")),
