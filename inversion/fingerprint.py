@@ -28,14 +28,15 @@ def _weights(model) -> dict[str, tuple[torch.Tensor, list[tuple[float, float, to
     """(weight as it was loaded, merges) of every UNet tensor by key: LoRA patches applied in place are looked through.
 
     merges: (scale of the weight, scale of the other, the other tensor or None where it is no plain one) for every patch
-    that scales the weight itself or brings another model's, as the host's ModelMerge nodes make them; a LoRA does neither.
+    that brings another model's weight, as the host's ModelMerge nodes make them. A LoRA adds to a weight, and nodes like
+    UNetSelfAttentionMultiply scale it: those are changes of the same model.
     """
     found = {}
     for key, ((weight, _), *patches) in model.get_key_patches(PREFIX).items():
         merges = []
         for strength, value, strength_model, *_ in patches:
-            # the host's own mark of another model's weight is a list
-            if strength_model != 1.0 or isinstance(value, list):
+            # the host's own mark of another model's weight is a list; other packs only scale the weight down and add
+            if strength != 0.0 and (strength_model != 1.0 or isinstance(value, list)):
                 other = value[0][0] if isinstance(value, list) else None
                 merges.append((float(strength_model), float(strength), other if isinstance(other, torch.Tensor) else None))
         # torch.compile renames the module it wraps

@@ -141,6 +141,20 @@ def test_a_merge_with_another_model_is_another_model(others, ratio):
         path.check_model(merged(model, third, ratio))
 
 
+def test_a_merge_that_keeps_all_and_a_scaled_layer_are_the_same_model(others):
+    path = Trajectory.for_model(others[0], SIGMAS, latents())
+    path.check_model(merged(*others[:2], 1.0))
+    path.check_model(run_node("nodes_attention_multiply", "UNetSelfAttentionMultiply", others[0], 0.9, 1.0, 1.0, 1.1))
+
+
+def test_a_difference_that_replaces_a_part_of_the_weights_is_another_model(model):
+    """As merging nodes of other packs add it."""
+    patched = model.clone()
+    patched.add_patches({KEY: ("diff", (torch.ones(model.model_state_dict()[KEY].shape),))}, 0.5, 0.5)
+    with pytest.raises(ValueError, match="another SD1.x model"):
+        Trajectory.for_model(model, SIGMAS, latents()).check_model(patched)
+
+
 def test_adding_another_models_weights_makes_another_model(others):
     path = Trajectory.for_model(others[0], SIGMAS, latents())
     with pytest.raises(ValueError, match="another SD1.x model"):

@@ -39,13 +39,27 @@ def test_a_graph_that_fails_while_it_runs_names_node_and_message(server, keeps_s
     assert failed.value.node_id == "7" and failed.value.message
 
 
-def test_cancel_is_told_apart_from_failure_and_the_next_graph_runs(server):
+def slow_graph(blurs: int, size: int) -> dict:
+    """Nodes 10, 11, ... blur a picture one after the other."""
     graph = stock_graph()
-    graph["1"]["inputs"].update(width=1024, height=1024)
-    graph["2"]["inputs"]["images"] = ["12", 0]
-    for number in (10, 11, 12):
+    graph["1"]["inputs"].update(width=size, height=size)
+    for number in range(10, 10 + blurs):
         source = "1" if number == 10 else str(number - 1)
         graph[str(number)] = {"class_type": "ImageBlur", "inputs": {"image": [source, 0], "blur_radius": 15, "sigma": 3.0}}
+    graph["2"]["inputs"]["images"] = [str(9 + blurs), 0]
+    return graph
+
+
+def test_a_time_out_names_the_node_and_the_next_graph_runs(server):
+    """Regression: a traceback, and the next graph waited until the slow one was through."""
+    graph = slow_graph(40, 1024)
+    with pytest.raises(ServerError, match=r"did not finish a graph within 1 seconds, it was at node \d+ \((ImageBlur|EmptyImage)\)"):
+        server.run(graph, timeout=1)
+    assert server.run(stock_graph()).images("2")
+
+
+def test_cancel_is_told_apart_from_failure_and_the_next_graph_runs(server):
+    graph = slow_graph(3, 1024)
     with pytest.raises(Interrupted):
         server.run(graph, lambda node_id, *_: server.interrupt() if node_id == "10" else None)
     assert server.run(stock_graph()).images("2")
