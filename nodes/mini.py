@@ -130,7 +130,7 @@ class MiniScene(io.ComfyNode):
                     "edit_value",
                     options=[AUTO, *words],
                     default=AUTO,
-                    tooltip="The attribute's new value; it must be a word for the chosen attribute. auto lets the seed choose one that differs.",
+                    tooltip="The attribute's new value; it must be a word for the chosen attribute, and another than the present one. auto lets the seed choose one that differs.",
                 ),
                 io.Int.Input(
                     "edit_object",
