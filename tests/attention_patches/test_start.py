@@ -1,10 +1,12 @@
 """Where a run starts: all stock samplers agree, and schedules that do not belong to the start are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from palimpsest.attention_patches.pnp import apply_pnp
-from palimpsest.attention_patches.start import near_top
+from palimpsest.attention_patches.start import near_top, prepare_start
 from palimpsest.inversion.trajectory import clean_latent, sampler_to_latent, start_latent
 from palimpsest.tests.helpers.models import tiny_trajectory
 from palimpsest.tests.helpers.sampling import custom_advanced, ksampler, latent_noise, schedule
@@ -81,17 +83,52 @@ def test_samplers_whose_schedule_starts_off_the_trajectory_are_not_refused(model
 def test_full_schedules_and_cut_ones_are_told_apart(model, scheduler, steps):
     sampling = model.get_model_object("model_sampling")
     sigmas = schedule(model, steps, scheduler).flip(0)
-    dropped = schedule(model, steps + 1, scheduler)[0]
-    assert near_top(float(sigmas[-1]), sigmas, sampling.timestep)
-    assert near_top(float(dropped), sigmas, sampling.timestep), "dpm_2 and uni_pc make one step more and drop one"
+    dropped = schedule(model, steps + 1, scheduler)
+    assert near_top(sigmas.flip(0), sigmas, sampling.timestep)
+    assert near_top(dropped, sigmas, sampling.timestep), "dpm_2 and uni_pc make one step more and drop one"
     for denoise in (0.9, 0.75, 0.5):
         longer = int(steps / denoise)
         if longer == steps:  # the host's own rounding: nothing is cut
             continue
-        cut = schedule(model, longer, scheduler)[-(steps + 1)]
+        cut = schedule(model, longer, scheduler)[-(steps + 1) :]
         # ddim_uniform makes a step more where the count does not divide 1000, so a small cut may fall into the tolerance
         if scheduler != "ddim_uniform" or denoise < 0.8:
-            assert not near_top(float(cut), sigmas, sampling.timestep), f"denoise {denoise}"
+            assert not near_top(cut, sigmas, sampling.timestep), f"denoise {denoise}"
+
+
+@pytest.mark.parametrize("inverted, sampled, denoise", [(20, 50, 0.95), (10, 20, 0.95), (10, 30, 0.9), (4, 30, 0.8)])
+def test_a_cut_run_of_more_steps_than_the_inversion_is_refused(model, positive, negative, inverted, sampled, denoise):
+    """Regression: the tolerance was measured in the trajectory's coarse steps alone."""
+    path = tiny_trajectory(model, steps=inverted)
+    edited, _ = apply_pnp(model, path)
+    with pytest.raises(ValueError, match="set denoise to 1"):
+        ksampler(edited, start_latent(path, model)["samples"], positive, negative, steps=sampled, denoise=denoise)
+
+
+def test_a_whole_run_of_another_step_count_is_welcome(model):
+    sampling = model.get_model_object("model_sampling")
+    for inverted, sampled in ((20, 50), (50, 20), (10, 30)):
+        assert near_top(schedule(model, sampled), schedule(model, inverted).flip(0), sampling.timestep)
+
+
+def test_a_schedule_that_starts_off_the_trajectory_starts_on_its_path(model, positive, negative):
+    """Regression: the noise of the trajectory's own top was handed over at another noise level."""
+    path = tiny_trajectory(model, steps=5, scheduler="ddim_uniform")
+    edited, _ = apply_pnp(model, path)
+    sigmas = schedule(model, 6, "ddim_uniform")
+    assert abs(float(sigmas[0] / path.sigmas[-1]) - 1) > 1e-3
+    expected = sampler_to_latent(model, path.at(float(sigmas[0])))
+    silent = torch.zeros_like(expected)
+    found_noise, found = prepare_start(edited, [SimpleNamespace(trajectory=path)], silent + 1, start_latent(path, model)["samples"], None, sigmas, None)
+    assert torch.equal(found_noise, silent)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_the_clean_picture_without_noise_is_refused(model, trajectory, edited, positive, negative):
+    """Regression: VAE Encode wired where the injector's LATENT belongs ran to garbage."""
+    picture = clean_latent(trajectory, model)["samples"]
+    with pytest.raises(ValueError, match="its latent is the clean picture"):
+        ksampler(edited, picture, positive, negative, disable_noise=True)
 
 
 def test_outside_a_noise_mask_the_inverted_picture_is_kept(model, trajectory, edited, positive, negative, start):
