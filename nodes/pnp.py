@@ -7,9 +7,8 @@ from comfy_api.latest import io
 from ..attention_patches.negative import SCHEDULES
 from ..attention_patches.pnp import apply_pnp
 from ..inversion.display import show
+from ..inversion.sockets import TrajectoryType
 from ..inversion.trajectory import start_latent
-
-TrajectoryType = io.Custom("PALIMPSEST_TRAJECTORY")
 
 
 class PnPInjector(io.ComfyNode):
@@ -130,7 +129,8 @@ class PnPInjector(io.ComfyNode):
             unconditional=unconditional,
             bank_device=bank_device,
         )
-        return io.NodeOutput(edited, start_latent(trajectory, model), report, ui=show(cls, report))
+        # apply_pnp has checked that the model is the trajectory's
+        return io.NodeOutput(edited, start_latent(trajectory, model, check=False), report, ui=show(cls, report))
 
 
 NODES = [PnPInjector]
