@@ -1,4 +1,4 @@
-"""Training state shared by every member of the family: AdamW, an averaged copy, a learning-rate plan by the clock.
+"""Training state shared by every member of the family: Muon and AdamW, an averaged copy, a learning-rate plan by the clock.
 
 The plan is warm-up, constant, then a linear cool-down over the last part of the minutes asked for. The state is saved
 every few minutes until the cool-down starts, so a later call continues at the constant rate as if the earlier one had not stopped.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -20,20 +21,29 @@ SAVE_EVERY = 300.0  # seconds
 
 
 class Trainer:
-    """One AdamW run over `module` that can be stopped and resumed.
+    """One run over `module` that can be stopped and resumed.
 
     `folder` holds `state.safetensors` (weights, average, optimiser moments), `state.json` (counters) and `curve.csv`.
-    `minutes` is wall-clock time for this call; `decay` is the per-step decay of the average (EMA).
+    `minutes` is wall-clock time for this call; `decay` is the per-step decay of the average (EMA). `muon` names the weights
+    that Muon updates (Jordan et al. 2024; convolutions as matrices [out, in * kh * kw]), at AdamW's step size (Liu et al.
+    2025, section 2.2); AdamW has the others.
     """
 
-    def __init__(self, module: torch.nn.Module, folder: Path, minutes: float, lr: float, seed: int, decay: float = 0.999):
+    def __init__(self, module: torch.nn.Module, folder: Path, minutes: float, lr: float, seed: int, decay: float = 0.999,
+                 muon: Collection[str] = ()):
         self.module, self.folder, self.lr, self.decay = module, Path(folder), lr, decay
         self.folder.mkdir(parents=True, exist_ok=True)
         self.named = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.average = {k: p.detach().clone() for k, p in self.named.items()}
-        self.optimizer = torch.optim.AdamW(self.named.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+        rest = [p for k, p in self.named.items() if k not in muon]
+        self.optimizer = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+        self.optimizers = [self.optimizer]
+        # The same memory seen as matrices: torch's Muon takes nothing else.
+        self.matrices = {k: torch.nn.Parameter(p.detach().view(len(p), -1)) for k, p in self.named.items() if k in muon}
+        if self.matrices:
+            self.optimizers.append(torch.optim.Muon(self.matrices.values(), lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         self.generator = torch.Generator().manual_seed(seed)
-        self.step = self.images = 0
+        self.step = self.images = self.reported_images = 0
         self.seed, self.seconds = seed, 60.0 * minutes
         self.start = self.reported = time.monotonic()
         self.losses: list[float] = []
@@ -56,9 +66,14 @@ class Trainer:
                 self.average[k].copy_(tensors[f"average.{k}"])
                 if f"m.{k}" not in tensors:
                     continue
+                if k in self.matrices:
+                    matrix = self.matrices[k]
+                    self.optimizers[1].state[matrix] = {"momentum_buffer": tensors[f"m.{k}"].to(p.device).view_as(matrix)}
+                    continue
                 self.optimizer.state[p] = {"step": torch.tensor(float(counters["step"])),
                                            "exp_avg": tensors[f"m.{k}"].to(p.device), "exp_avg_sq": tensors[f"v.{k}"].to(p.device)}
         self.step, self.images, self.lines = counters["step"], counters["images"], 1
+        self.reported_images = self.images
         # A fresh stream of random numbers: replaying the first one would show the same batches again.
         self.generator.manual_seed(self.seed + self.step)
         print(f"resumed at step {self.step}, {self.images} images", flush=True)
@@ -72,6 +87,8 @@ class Trainer:
             # A weight that the loss never reached (the text projection, say) has no moments.
             if state := self.optimizer.state.get(p):
                 tensors |= {f"m.{k}": state["exp_avg"], f"v.{k}": state["exp_avg_sq"]}
+            elif k in self.matrices and (state := self.optimizers[1].state.get(self.matrices[k])):
+                tensors[f"m.{k}"] = state["momentum_buffer"].view_as(p)
         self.saved = time.monotonic()
         partial = self.folder / "state.partial"
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial)
@@ -107,12 +124,16 @@ class Trainer:
             self.save()
         self.cooling = cooling
         rate = min(1.0, (self.step + 1) / WARMUP) * min(1.0, max(0.0, (1 - progress) / COOLDOWN))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        self.optimizer.step()
+        for k, matrix in self.matrices.items():
+            grad = self.named[k].grad
+            matrix.grad = None if grad is None else grad.reshape(matrix.shape)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr * rate
+            optimizer.step()
         self.step += 1
         self.images += images
         # The average forgets its start quickly while it is young.
@@ -130,13 +151,13 @@ class Trainer:
         if not self.losses:
             return
         now = time.monotonic()
-        rate = len(self.losses) * (self.images / max(1, self.step)) / (now - self.reported)
+        rate = (self.images - self.reported_images) / (now - self.reported)
         mean = sum(self.losses) / len(self.losses)
         print(f"step {self.step}  images {self.images}  loss {mean:.5f}  {rate:.0f} images/s  {100 * self.progress:.0f} % of the time", flush=True)
         # a new run starts a new curve
         with open(self.folder / "curve.csv", "a" if self.lines else "w", encoding="utf-8") as file:
             file.write(f"{self.step},{self.images},{mean:.6f}\n")
-        self.losses, self.reported, self.loss, self.lines = [], now, mean, self.lines + 1
+        self.losses, self.reported, self.reported_images, self.loss, self.lines = [], now, self.images, mean, self.lines + 1
 
     def record(self, batch: int) -> dict:
         """What the weights' metadata says about the run."""

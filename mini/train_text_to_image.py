@@ -20,9 +20,10 @@ from .scenes import sample_scene
 from .tokens import GrammarTokens
 from .train_autoencoder import pictures
 
-BATCH, SCENES, LEARNING_RATE = 32, 40_000, 6e-4
+BATCH, SCENES, LEARNING_RATE = 64, 40_000, 1e-3
 TRAIN_SEED = 2_000_000
-OFFSET_NOISE, PROMPT_DROPOUT, UNKNOWN_WORDS, SNR_LIMIT, V_EXPONENT = 0.12, 0.1, 0.02, 5.0, 0.7
+OFFSET_NOISE, PROMPT_DROPOUT, UNKNOWN_WORDS = 0.12, 0.1, 0.02
+SNR_LIMIT, V_EXPONENT, STEP_EXPONENT = 5.0, 0.85, 0.5
 
 
 def schedule() -> torch.Tensor:
@@ -67,13 +68,28 @@ def batch_tokens(tokens: GrammarTokens, picks: list[int], generator: torch.Gener
     return ids.masked_fill(unknown, tokens.unknown)
 
 
+def batch_steps(generator: torch.Generator) -> torch.Tensor:
+    """Training steps t [BATCH] with density proportional to t^STEP_EXPONENT, one from each of BATCH equal shares.
+
+    Layout and colours, which the words decide, are made above t = 500; the shares keep the loss from jumping with the draw.
+    """
+    share = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+    return (1000 * share ** (1 / (1 + STEP_EXPONENT))).long().clamp(max=999)
+
+
+def muon_weights(model: torch.nn.Module) -> set[str]:
+    """Names of the hidden layers' matrices; tables, first and last layer, biases and norms stay with AdamW."""
+    outer = ("unet.input_blocks.0.", "unet.out.")
+    return {k for k, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in k and not k.startswith(outer)}
+
+
 def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoencoder, seed: int = 0,
-          weights: dict | None = None, resume: bool = True) -> tuple[dict, dict]:
+          weights: dict | None = None, resume: bool = True, compiled: bool = False) -> tuple[dict, dict]:
     """Train UNet and text encoder together for `minutes`; returns (state dict of the averaged weights, metadata).
 
     weights: state dict to start from, keys "unet." and "text.". folder: where state and latents are kept; resume: go on
     from the state that is there, whose weights then replace `weights`. Loss: see the comment on the weighting.
-    Raises KeyboardInterrupt, with the state saved.
+    compiled: through torch.compile. Raises KeyboardInterrupt, with the state saved.
     """
     torch.manual_seed(seed)
     tokens = GrammarTokens()
@@ -85,31 +101,37 @@ def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoe
     abar = schedule().to(device)
     for name, net in model.items():
         print(f"{name}: {sum(p.numel() for p in net.parameters())} parameters", flush=True)
-    trainer = Trainer(model, folder, minutes, LEARNING_RATE, seed, decay=0.9995)
+    trainer = Trainer(model, folder, minutes, LEARNING_RATE, seed, muon=muon_weights(model))
     if resume:
         trainer.resume()
     g = trainer.generator
+
+    def predict(noisy, t, ids):
+        with torch.autocast(device.type, torch.bfloat16):
+            context = text_states(model["text"], ids)
+            return model["unet"](noisy, t, context=context, transformer_options={"optimized_attention_override": attention_for_training}).float()
+
+    if compiled:
+        print("compiling, some minutes without a line", flush=True)
+        predict = torch.compile(predict, dynamic=False)
     going = True
     with trainer.saving():
         while going:
             pick = torch.randint(len(latents), (BATCH,), generator=g)
             ids = batch_tokens(tokens, pick.tolist(), g).to(device)
             clean = latents[pick].to(device).float()
-            t = torch.randint(1000, (BATCH,), generator=g).to(device)
+            t = batch_steps(g).to(device)
             noise = (torch.randn(clean.shape, generator=g) + OFFSET_NOISE * torch.randn(BATCH, 4, 1, 1, generator=g)).to(device)
             a = abar[t][:, None, None, None]
-            with torch.autocast(device.type, torch.bfloat16):
-                context = text_states(model["text"], ids)
-                predicted = model["unet"](a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context,
-                                          transformer_options={"optimized_attention_override": attention_for_training})
+            predicted = predict(a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), ids)
             # Min-SNR weighting (Hang et al. 2023, eq. 5) for eps prediction: the last, nearly clean steps would crowd out layout.
             # The second factor leans towards the loss in v (exponent 1; Salimans and Ho 2022): layout and colours are decided
             # at the noisiest levels, where an error in the picture is a tiny error in eps and words are learned last.
             noise_to_signal = (1 - abar[t]) / abar[t]
             weight = (SNR_LIMIT * noise_to_signal).clamp(max=1) * (1 + noise_to_signal) ** V_EXPONENT
-            loss = (weight * (predicted.float() - noise).square().mean((1, 2, 3))).mean()
+            loss = (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
             going = trainer.update(loss, BATCH)
     trainer.report()
-    weighting = f"min-SNR {SNR_LIMIT:g}, (1 + noise / signal)^{V_EXPONENT:g}"
+    weighting = f"min-SNR {SNR_LIMIT:g}, (1 + noise / signal)^{V_EXPONENT:g}, steps t^{STEP_EXPONENT:g}"
     return trainer.averaged(), {"recipe": "text_to_image", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "scenes": len(latents),
                                 "weighting": weighting, "offset_noise": OFFSET_NOISE, "prompt_dropout": PROMPT_DROPOUT}

@@ -49,15 +49,19 @@ def test_the_attention_for_training_is_the_hosts(tokens, keys):
     from comfy.ldm.modules.attention import attention_pytorch
 
     q, k, v = (torch.randn(2, n, 32, generator=torch.Generator().manual_seed(n + i)) for i, n in enumerate((tokens, keys, keys)))
-    ours = nets.attention_for_training(attention_pytorch, q, k, v, 8)
     expected = attention_pytorch(q, k, v, 8)
-    assert ours.shape == expected.shape
+    assert torch.allclose(nets.attention_for_training(attention_pytorch, q, k, v, 8), expected, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = nets.attention_for_training(attention_pytorch, q, k, v, 8)
+    assert ours.dtype == torch.bfloat16 and ours.shape == expected.shape
     assert (ours.float() - expected).abs().max() < 0.03, "bf16 rounding, no more"
 
 
-def test_a_masked_attention_goes_to_the_host():
+def test_the_attention_for_training_takes_the_hosts_mask():
     from comfy.ldm.modules.attention import attention_pytorch
 
-    q = torch.randn(1, 5, 16)
+    q = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(0))
     mask = torch.full((5, 5), -1e9).triu_(1)
-    assert torch.equal(nets.attention_for_training(attention_pytorch, q, q, q, 4, mask=mask), attention_pytorch(q, q, q, 4, mask=mask))
+    ours = nets.attention_for_training(attention_pytorch, q, q, q, 4, mask=mask)
+    assert torch.allclose(ours, attention_pytorch(q, q, q, 4, mask=mask), atol=1e-5)
+    assert not torch.allclose(ours, attention_pytorch(q, q, q, 4), atol=1e-2)

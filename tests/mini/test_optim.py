@@ -110,6 +110,56 @@ def test_weights_without_gradient_do_not_stop_saving(tmp_path, clock):
     assert optim.Trainer(module, tmp_path, 10, 1e-2, seed=0).resume()
 
 
+def layers():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, bias=False), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+
+
+def test_muon_moves_a_convolution_by_an_orthogonal_matrix_of_adamws_size(tmp_path, clock):
+    module = layers()
+    trainer = optim.Trainer(module, tmp_path, 10, 1e-2, seed=0, muon={"0.weight"})
+    before = module[0].weight.detach().clone()
+    trainer.step = optim.WARMUP
+    trainer.update(module(torch.randn(16, 3, 3, 3)).square().sum(), 16)
+    # weight decay takes lr * 0.01 of the weight first; the rest is U V^T at 0.2 sqrt(longer side)
+    moved = (module[0].weight.detach() - before * (1 - 1e-4)).reshape(8, 27) / (1e-2 * 0.2 * 27**0.5)
+    singular = torch.linalg.svdvals(moved)
+    plain = torch.linalg.svdvals(module[0].weight.grad.reshape(8, 27))
+    assert 0.7 < singular.max() < 1.3, "AdamW's size"
+    assert plain.max() / plain.min() > 20 > 3 * singular.max() / singular.min(), "five iterations even the directions out"
+
+
+def test_a_resumed_run_with_muon_goes_on_as_if_it_had_not_stopped(tmp_path, clock):
+    def run(trainer, count):
+        generator = torch.Generator().manual_seed(trainer.step)
+        for _ in range(count):
+            trainer.update(trainer.module(torch.randn(8, 3, 3, 3, generator=generator)).square().mean(), 8)
+
+    first = optim.Trainer(layers(), tmp_path, 10, 1e-2, seed=0, muon={"0.weight"})
+    run(first, 12)
+    first.save()
+    second = optim.Trainer(layers(), tmp_path, 10, 1e-2, seed=0, muon={"0.weight"})
+    assert second.resume()
+    run(first, 5)
+    run(second, 5)
+    for key in first.named:
+        assert torch.allclose(first.named[key], second.named[key], atol=1e-6)
+
+
+def test_the_rate_counts_the_images_of_this_call(tmp_path, clock, capsys):
+    """Regression: after a change of the batch size, a resumed run reported the old size's rate."""
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    steps(trainer, 5)
+    trainer.save()
+    second = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    second.resume()
+    for _ in range(4):
+        second.update(second.module(torch.ones(1, 3)).sum(), 32)
+    clock.now += 2
+    second.report()
+    assert "64 images/s" in capsys.readouterr().out
+
+
 def test_the_curve_is_logged(tmp_path, clock):
     trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
     steps(trainer, 4)

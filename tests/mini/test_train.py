@@ -124,3 +124,22 @@ def test_zero_minutes_and_unknown_members_are_refused(small, capsys):
         train.main(["autoencoder", "--output", "weights.pt"])
     assert "must end in .safetensors" in capsys.readouterr().err
     assert not (small / "weights").exists()
+
+
+def test_steps_cover_the_schedule_and_lean_to_the_noisy_end():
+    g = torch.Generator().manual_seed(0)
+    t = torch.cat([train_text_to_image.batch_steps(g) for _ in range(200)])
+    assert t.dtype == torch.long and t.min() >= 0 and t.max() == 999
+    # P(t < 500) = 0.5^1.5
+    assert (t < 500).float().mean().item() == pytest.approx(0.5**1.5, abs=0.01)
+
+
+def test_muon_has_the_hidden_layers_only():
+    from palimpsest.mini.nets import new_text_encoder, new_unet
+
+    model = torch.nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(10)})
+    names = train_text_to_image.muon_weights(model)
+    named = dict(model.named_parameters())
+    assert names < named.keys() and all(named[k].ndim >= 2 for k in names)
+    assert not {"unet.input_blocks.0.0.weight", "unet.out.2.weight", "text.text_model.embeddings.token_embedding.weight"} & names
+    assert {"unet.input_blocks.1.0.in_layers.2.weight", "unet.time_embed.0.weight", "text.text_model.encoder.layers.0.mlp.fc1.weight"} <= names
