@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any, Callable
 
 import torch
@@ -73,6 +74,20 @@ def residual_convolution(base_model, part: str, number: int) -> torch.nn.Module:
     unet = base_model.diffusion_model
     block = unet.middle_block if part == "middle" else (unet.input_blocks if part == "input" else unet.output_blocks)[number]
     return block[0].out_layers[-1]
+
+
+@contextlib.contextmanager
+def residual_hooks(base_model, hooks: dict[tuple[str, int], Callable]) -> Iterator[None]:
+    """Context of one UNet call in which forward hooks sit on the residual branches of the blocks (part, number).
+
+    The modules are shared by every clone of a model, so the hooks go with the call, whatever ends it. Compiled graphs are
+    left aside meanwhile.
+    """
+    with contextlib.ExitStack() as stack:
+        for (part, number), hook in hooks.items():
+            stack.callback(residual_convolution(base_model, part, number).register_forward_hook(hook).remove)
+        stack.enter_context(uncompiled())
+        yield
 
 
 def token_width(model) -> int | None:

@@ -131,6 +131,9 @@ def apply_pnp(
         f"features: {_describe(features)}; first {counts[0]} of {steps} steps",
         f"self-attention: {_describe(attentions)}; first {counts[1]} of {steps} steps",
     ]
+    usable = sum("area" not in extra and "mask" not in extra for _, extra in conditioning)
+    if len(conditioning) > 1:
+        report.append(f"source: one prompt at a time is run, the first of {usable} usable ones that is active at the step (of {len(conditioning)} connected)")
     if not any(counts):
         report.append("no effect: there is no layer with a step at these settings")
         host.log.info("Palimpsest: PnP has no effect, no layer has a step at these settings.")

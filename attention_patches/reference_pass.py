@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any, Callable, Hashable
+from typing import Callable, Hashable
 
 from torch import Tensor
 
@@ -91,6 +91,12 @@ class RunState:
             if conditioning is not None and id(conditioning) not in self.extras:
                 self.extras[id(conditioning)] = host.process_alone(conditioning, model, noise, device, latent_image=latent_image, denoise_mask=denoise_mask, seed=seed)
 
+    def warn_if_idle(self, sigmas: Tensor) -> None:
+        """Say so when a finished run should have injected something, did not, and nothing has been said about it yet."""
+        due = any(edit.points(float(sigma)) for edit in self.edits for sigma in sigmas[:-1])
+        if due and not self.counters.patch_calls and not self._said & {"cut", "cut source", "inactive"}:
+            self.once("idle", "nothing was injected in this run, although an edit was due: another node replaces the way the host calls the model", warn=True)
+
     def close(self) -> None:
         """Free features and let go of ControlNets. Safe to call twice."""
         for run in self.sources.values():
@@ -142,17 +148,11 @@ class RunState:
         thread = threading.get_ident()
         self._calls[thread] = call
         options = host.options_with_attention_patch(transformer_options, self._inject_attention)
-        handles: list[Any] = []
+        hooks = {(point.part, point.number): self._hook(point) for point in plan.at if point.kind == "resblock"}
         try:
-            for point in plan.at:
-                if point.kind == "resblock":
-                    module = host.residual_convolution(executor.class_obj, point.part, point.number)
-                    handles.append(module.register_forward_hook(self._hook(point)))
-            with host.uncompiled():
+            with host.residual_hooks(executor.class_obj, hooks):
                 return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
             self._calls.pop(thread, None)
 
     def _describe(self, plan: Plan, x: Tensor, order: list[int], transformer_options: dict) -> Call:
@@ -248,6 +248,7 @@ class ReferencePass:
             extra_args["model_options"].setdefault("transformer_options", {})[host.KEY] = state
             samples = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
             completed = True
+            state.warn_if_idle(sigmas)
             return samples
         finally:
             state.close()

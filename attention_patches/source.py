@@ -43,6 +43,8 @@ def check_conditioning(conditioning: list, width: int | None, what: str) -> None
         raise ValueError(f"The {what} conditioning is empty: connect a CLIP Text Encode (its text may be empty).")
     if all("area" in extra or "mask" in extra for _, extra in conditioning):
         raise ValueError(f"Every entry of the {what} conditioning is limited to an area or a mask, but the source is run as a whole picture: connect one without area and mask.")
+    if any("hooks" in extra for _, extra in conditioning):
+        raise ValueError(f"The {what} conditioning carries hooks (a LoRA or weights of its own), but the source is run without them: connect the prompt before the hook node.")
     for tokens, _ in conditioning:
         found = None if tokens is None else int(tokens.shape[-1])
         if width is not None and found is not None and found != width:

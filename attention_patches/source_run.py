@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class SourceRun:
             usable = (entry for entry in entries if "area" not in entry and "mask" not in entry and host.is_active(entry, sigma))
             entry = next(usable, None)
             if entry is None:
-                self.once(("inactive", name), "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there")
+                self.once("inactive", "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there")
                 continue
             taken = self._run_branch(executor, model, entry, latents, timestep, model_options, wanted)
             features.update({(name, point): feature for point, feature in taken.items()})
@@ -106,17 +106,9 @@ class SourceRun:
             self.once("cut source", "another node cuts the source's picture into tiles: nothing is injected there", warn=True)
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
         options = host.options_with_attention_patch(transformer_options, self._capture_attention)
-        convolutions = [point for point in self._wanted if point.kind == "resblock"]
-        handles: list[Any] = []
-        try:
-            for point in convolutions:
-                module = host.residual_convolution(executor.class_obj, point.part, point.number)
-                handles.append(module.register_forward_hook(self._hook(point)))
-            with host.uncompiled():
-                return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = {(point.part, point.number): self._hook(point) for point in self._wanted if point.kind == "resblock"}
+        with host.residual_hooks(executor.class_obj, hooks):
+            return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
 
     def _hook(self, point: Point) -> Callable:
         if point not in self._hooks:

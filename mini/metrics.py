@@ -46,6 +46,7 @@ def match_named(reading: Reading, named: list[dict[str, str]]) -> list[ReadObjec
 
 
 def holds(read: ReadObject | None, attribute: str, value: str) -> bool:
+    """Whether an object was found at all and its attribute was read as `value`."""
     return read is not None and getattr(read, attribute) == value
 
 
@@ -102,12 +103,3 @@ def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def psnr(a, b) -> float:
-    """Peak signal-to-noise ratio in dB of two pictures in 0..1 (arrays or CPU tensors of one shape); infinite if equal."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"PSNR compares pictures of one shape, not {list(a.shape)} and {list(b.shape)}; resize one of them.")
-    error = float(((a - b) ** 2).mean())
-    return math.inf if error == 0 else -10 * math.log10(error)

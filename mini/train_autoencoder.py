@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .autoencoder import Autoencoder
-from .metrics import psnr
+from ..inversion.report import psnr
 from .optim import Trainer
 from .scenes import SIZE, render, sample_scene
 
@@ -32,7 +32,7 @@ def mean_psnr(model: Autoencoder, held_out: torch.Tensor) -> float:
         for batch in held_out.split(32):
             x = batch.float() / 255
             y = ((model.decode(model.encode(x * 2 - 1)) + 1) / 2).clamp(0, 1)
-            values += [psnr(a, b) for a, b in zip(x, y)]
+            values += [psnr(a, b, peak=1.0) for a, b in zip(x, y)]
     return sum(values) / len(values)
 
 

@@ -1,7 +1,7 @@
 """autoencoder.psnr_db: mean PSNR in dB of pictures through the host's VAE Encode and VAE Decode, held-out scenes, values in 0..1."""
 from __future__ import annotations
 
-from ...mini.metrics import psnr
+from ...inversion.report import psnr
 from ...mini.scenes import sample_scene
 from ..scoring import HELD_OUT, Mini, batches, mean, pictures, span
 
@@ -14,5 +14,5 @@ def score(quick: bool) -> dict:
     mini, values = Mini(), []
     for batch in batches([sample_scene(HELD_OUT + i) for i in range(count)]):
         drawn = pictures(batch)
-        values += [psnr(a, b) for a, b in zip(drawn, mini.decode(mini.encode(drawn)["samples"]))]
+        values += [psnr(a, b, peak=1.0) for a, b in zip(drawn, mini.decode(mini.encode(drawn)["samples"]))]
     return {"autoencoder": {"psnr_db": mean(values, span(HELD_OUT, count))}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ...inversion.run import run_inversion, run_reconstruction
 from ...mini.captions import caption
-from ...mini.metrics import psnr
+from ...inversion.report import psnr
 from ...mini.scenes import sample_scene
 from ..scoring import HELD_OUT, Mini, batches, mean, pictures, span
 
@@ -28,5 +28,5 @@ def score(quick: bool) -> dict:
         for key, iterations in zip(found, (2, 0)):
             trajectory = run_inversion(mini.model, latent, prompts, steps=STEPS, iterations=iterations).trajectory
             back = mini.decode(run_reconstruction(mini.model, trajectory))
-            found[key] += [psnr(a, b) for a, b in zip(own, back)]
+            found[key] += [psnr(a, b, peak=1.0) for a, b in zip(own, back)]
     return {"inversion": {key: mean(values, span(HELD_OUT, count)) for key, values in found.items()}}

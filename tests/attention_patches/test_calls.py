@@ -123,6 +123,27 @@ def test_only_the_targets_tiles_are_left_alone_too(model, trajectory, positive, 
     assert sum("tiles whose place is not known" in line for line in caplog.messages) == 1
 
 
+def replaced_calls(args):
+    return [torch.zeros_like(args["input"]) for _ in args["conds"]]
+
+
+@pytest.mark.parametrize("settings, warnings", [(dict(), 1), (dict(tau_f=0.0, tau_a=0.0), 0)])
+def test_an_edit_that_never_came_to_act_is_said_once(model, trajectory, positive, negative, start, caplog, settings, warnings):
+    """Regression: beside a pack that replaces the host's conditioning batch, edits had no effect and nobody said so."""
+    edited, _ = apply_pnp(model, trajectory, **settings)
+    edited.model_options["sampler_calc_cond_batch_function"] = replaced_calls
+    with caplog.at_level("WARNING", logger="palimpsest"):
+        ksampler(edited, start, positive, negative)
+    assert sum("nothing was injected in this run" in line for line in caplog.messages) == warnings
+
+
+def test_a_run_that_injects_warns_of_nothing(model, trajectory, positive, negative, start, caplog):
+    edited, _ = apply_pnp(model, trajectory)
+    with caplog.at_level("WARNING", logger="palimpsest"):
+        ksampler(edited, start, positive, negative)
+    assert not [line for line in caplog.messages if line.startswith("Palimpsest")]
+
+
 def test_deep_copies_of_options_share_the_run(model, trajectory, positive, negative, start):
     """Other nodes deep-copy model_options in the middle of a run; a copied state would lose its store and carry the trajectory along."""
     import comfy.samplers

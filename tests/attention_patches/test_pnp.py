@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from palimpsest.attention_patches.pnp import apply_pnp, in_window, step_count, window_floor
-from palimpsest.attention_patches.reference_pass import edits_of
 from palimpsest.tests.helpers.models import tiny_cond, tiny_sd2, tiny_sd15, tiny_trajectory
+from palimpsest.tests.helpers.sampling import ksampler
 
 
 def levels(steps):
@@ -53,6 +53,7 @@ def test_wrong_pairings_are_refused_in_one_sentence(model, trajectory):
 def test_wrong_conditioning_is_refused(model, trajectory):
     refusal("source conditioning has 2048 values per token, but the connected model wants 768", model, trajectory, conditioning=tiny_cond(dim=2048))
     refusal("limited to an area or a mask", model, trajectory, conditioning=[[torch.zeros(1, 77, 768), {"area": (8, 8, 0, 0)}]])
+    refusal("source conditioning carries hooks", model, trajectory, conditioning=[[torch.zeros(1, 77, 768), {"hooks": object()}]])
     refusal("source conditioning is empty", model, trajectory, conditioning=[])
     refusal("connect the prompt of the source picture", model, tiny_trajectory(model, cond=[]))
 
@@ -62,10 +63,14 @@ def test_fractions_outside_the_run_are_refused(model, trajectory, settings, mess
     refusal(message, model, trajectory, **settings)
 
 
-def test_the_source_entry_without_area_is_used(model, trajectory):
-    both = [[torch.zeros(1, 77, 768), {"area": (8, 8, 0, 0)}], *tiny_cond(seed=7)]
-    edited, _ = apply_pnp(model, trajectory, conditioning=both)
-    assert len(edits_of(edited)) == 1
+def test_the_source_entry_without_area_is_used(model, trajectory, positive, negative, start):
+    alone = tiny_cond(seed=7)
+    both = [[torch.zeros(1, 77, 768), {"area": (8, 8, 0, 0)}], *alone]
+    edited, report = apply_pnp(model, trajectory, conditioning=both)
+    expected, plain_report = apply_pnp(model, trajectory, conditioning=alone)
+    assert torch.equal(ksampler(edited, start, positive, negative), ksampler(expected, start, positive, negative))
+    assert "the first of 1 usable ones that is active at the step (of 2 connected)" in report
+    assert "source:" not in plain_report
 
 
 def test_the_report_says_what_is_done(model, trajectory, caplog):

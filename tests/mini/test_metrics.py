@@ -1,8 +1,6 @@
 """Scores: what they count as right, on readings made by hand."""
-import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from palimpsest.mini import metrics
@@ -104,11 +102,3 @@ def test_wilson_interval():
     for bad in ((1, 0), (3, 2), (-1, 5)):
         with pytest.raises(ValueError, match="successes"):
             metrics.wilson(*bad)
-
-
-def test_psnr():
-    a = np.zeros((4, 4, 3))
-    assert metrics.psnr(a, a + 0.1) == pytest.approx(20)
-    assert metrics.psnr(a, a) == math.inf
-    with pytest.raises(ValueError, match="one shape"):
-        metrics.psnr(a, a[:2])
