@@ -35,6 +35,12 @@ def unet_config(width: int = 32, context: int = CONTEXT, in_channels: int = 4) -
     }
 
 
+def controlnet_config(width: int = 32, context: int = CONTEXT) -> dict:
+    """Arguments of the host's ControlNet for a UNet of `unet_config`: the same encoder, a hint of three channels at picture size."""
+    config = unet_config(width, context)
+    return {**{key: value for key, value in config.items() if key not in ("out_channels", "transformer_depth_output")}, "hint_channels": 3}
+
+
 def initialise(module: torch.nn.Module) -> None:
     """Give every layer the start values of its plain torch class: the host's layers skip this, they expect a checkpoint."""
     for layer in module.modules():

@@ -62,6 +62,10 @@ class Trainer:
         tensors = load_file(self.folder / "state.safetensors")
         with torch.no_grad():
             for k, p in self.named.items():
+                # a part that the recipe has gained since the state was written starts anew
+                if f"weight.{k}" not in tensors:
+                    print(f"not in the state, so it starts anew: {k}", flush=True)
+                    continue
                 p.copy_(tensors[f"weight.{k}"])
                 self.average[k].copy_(tensors[f"average.{k}"])
                 if f"m.{k}" not in tensors:

@@ -61,7 +61,8 @@ def test_autoencoder_then_text_to_image_then_on_from_where_they_stopped(small, m
     monkeypatch.setattr(optim.Trainer, "resume", lambda trainer: pytest.fail("resumed"))
     run("text_to_image", "--minutes", "1", "--from-shipped", "--output", str(small / "other.safetensors"))
     assert int(storage.read_weights(small / "other.safetensors")[1]["steps"]) < before + 6
-    assert len((state.parent / "curve.csv").read_text().splitlines()) == 1, "a new run starts a new curve"
+    # on a slow machine there is more than one line
+    assert int((state.parent / "curve.csv").read_text().split(",")[0]) <= 6, "a new run starts a new curve"
 
 
 def test_the_autoencoder_from_shipped_weights_does_not_resume(small, monkeypatch):
@@ -128,7 +129,7 @@ def test_zero_minutes_and_unknown_members_are_refused(small, capsys):
 
 def test_steps_cover_the_schedule_and_lean_to_the_noisy_end():
     g = torch.Generator().manual_seed(0)
-    t = torch.cat([train_text_to_image.batch_steps(g) for _ in range(200)])
+    t = torch.cat([train_text_to_image.batch_steps(g, 64) for _ in range(200)])
     assert t.dtype == torch.long and t.min() >= 0 and t.max() == 999
     # P(t < 500) = 0.5^1.5
     assert (t < 500).float().mean().item() == pytest.approx(0.5**1.5, abs=0.01)
@@ -143,3 +144,57 @@ def test_muon_has_the_hidden_layers_only():
     assert names < named.keys() and all(named[k].ndim >= 2 for k in names)
     assert not {"unet.input_blocks.0.0.weight", "unet.out.2.weight", "text.text_model.embeddings.token_embedding.weight"} & names
     assert {"unet.input_blocks.1.0.in_layers.2.weight", "unet.time_embed.0.weight", "text.text_model.encoder.layers.0.mlp.fc1.weight"} <= names
+
+
+def test_what_captions_say_is_told_beside_them():
+    from palimpsest.mini.captions import caption
+    from palimpsest.mini.scenes import sample_scene
+    from palimpsest.mini.tokens import GrammarTokens
+
+    tokens, g = GrammarTokens(), torch.Generator().manual_seed(0)
+    ids, said = train_text_to_image.batch_tokens(tokens, list(range(60)), g)
+    assert ids.shape == (60, 77) and said.shape == (60, len(train_text_to_image.SAID))
+    empty = (ids == tokens.encode("")).all(1)
+    assert 0 < empty.sum() < 20 and (said[empty] == train_text_to_image.UNSAID).all()
+    spoken = 0
+    for row in range(60):
+        scene = sample_scene(train_text_to_image.TRAIN_SEED + row)
+        for value, (index, name, words) in zip(said[row].tolist(), train_text_to_image.SAID):
+            if value != train_text_to_image.UNSAID:
+                of = scene if index is None else scene.objects[index]
+                assert words[value] == getattr(of, name)
+                spoken += 1
+    assert spoken > 300
+    everything = caption(sample_scene(train_text_to_image.TRAIN_SEED), 0, 1.0)
+    assert len(everything[1][0]) >= 5, "the grammar still names what is asked about"
+
+
+def test_the_text_encoder_is_asked_at_end_tokens_only():
+    """The head must not be able to learn from the words themselves: only what has reached an end token counts."""
+    from palimpsest.mini.tokens import GrammarTokens
+
+    tokens, g = GrammarTokens(), torch.Generator().manual_seed(0)
+    ids, said = train_text_to_image.batch_tokens(tokens, list(range(8)), g)
+    states = torch.randn(8, 77, train_text_to_image.CONTEXT, requires_grad=True)
+    heads = torch.nn.Linear(train_text_to_image.CONTEXT, sum(len(words) for _, _, words in train_text_to_image.SAID))
+    end = tokens.compact[train_text_to_image.END]
+    touched = torch.zeros(8, 77, dtype=torch.bool)
+    for _ in range(30):
+        loss = train_text_to_image.reading_loss(states, ids, said, end, heads, g)
+        touched |= torch.autograd.grad(loss, states)[0].abs().sum(-1) > 0
+    assert not touched[ids != end].any() and touched[ids == end].sum() > 60
+
+
+def test_a_part_that_a_state_lacks_starts_anew(tmp_path, capsys):
+    """Regression: a recipe that had gained a part could not go on from its own earlier state."""
+    old = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+    trainer = optim.Trainer(old, tmp_path, 10, 1e-2, seed=0)
+    trainer.update(old["a"](torch.ones(1, 2)).sum(), 1)
+    trainer.save()
+    new = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    start = new["b"].weight.detach().clone()
+    second = optim.Trainer(new, tmp_path, 10, 1e-2, seed=0)
+    assert second.resume() and torch.equal(new["a"].weight, old["a"].weight) and torch.equal(new["b"].weight, start)
+    assert "not in the state, so it starts anew: b.weight" in capsys.readouterr().out
+    second.update((new["a"](torch.ones(1, 2)) + new["b"](torch.ones(1, 2))).sum(), 1)
+    assert not torch.equal(new["b"].weight, start)
