@@ -17,6 +17,8 @@ class Explicit:
 
     def __init__(self, state: dict[str, Tensor], heads: tuple[int, ...], depths: tuple[int, ...], window: int):
         self.state, self.heads, self.depths, self.window = state, heads, depths, window
+        cells = [(i, j) for i in range(window) for j in range(window)]
+        self.index = torch.tensor([[(a - c + window - 1) * (2 * window - 1) + (b - d + window - 1) for c, d in cells] for a, b in cells])
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """RGB [1, 3, H, W] in 0..1 -> [1, queries, width]."""
@@ -60,9 +62,7 @@ class Explicit:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         logits = (q * (channels // heads) ** -0.5) @ k.transpose(-2, -1)
         table = self.state[f"{name}.attn.relative_position_bias_table"]
-        cells = [(i, j) for i in range(w) for j in range(w)]
-        index = torch.tensor([[(a - c + w - 1) * (2 * w - 1) + (b - d + w - 1) for c, d in cells] for a, b in cells])
-        logits = logits + table[index].permute(2, 0, 1)
+        logits = logits + table[self.index].permute(2, 0, 1)
         if shifted:
             bands = [[0 if p < size - w else 1 if p < size - shift else 2 for p in range(size)] for size in (rows * w, columns * w)]
             region = 3 * torch.tensor(bands[0])[:, None] + torch.tensor(bands[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -10,10 +9,9 @@ import comfy.samplers
 import torch
 
 from ..tests.helpers.models import tiny_cond, tiny_sd15, tiny_trajectory
+from ._protocol import SEED, ratio
 
-SEED = 0
 CFG = 7.5
-VALID = 0.02  # a run whose A/A control is further off than this is marked invalid
 
 
 @dataclass(frozen=True)
@@ -67,23 +65,5 @@ class Bench:
             torch.cuda.synchronize(device)
 
     def ratio(self, model, reference, sigma: float) -> dict:
-        """Leaf: time of `model` over that of `reference`, in interleaved rounds (reference, model, reference)."""
-        for _ in range(self.setting.warm_up):
-            self.step(reference, sigma)
-            self.step(model, sigma)
-        ratios, control = [], []
-        for _ in range(self.setting.rounds):
-            before, measured, after = (self.step(m, sigma)[0] for m in (reference, model, reference))
-            ratios.append(2 * measured / (before + after))
-            control.append(after / before)
-        middle = statistics.median(control)
-        deciles = statistics.quantiles(ratios, n=10, method="inclusive")
-        return {
-            "value": statistics.median(ratios),
-            "p10": deciles[0],
-            "p90": deciles[-1],
-            "control": middle,
-            "valid": abs(middle - 1) <= VALID,
-            "n": self.setting.rounds,
-            "seeds": [SEED],
-        }
+        """Leaf: time of a step on `model` over that on `reference`."""
+        return ratio(lambda: self.step(model, sigma)[0], lambda: self.step(reference, sigma)[0], self.setting.rounds, self.setting.warm_up)

@@ -7,14 +7,10 @@ On CPU: the UNet of SD1.5 in fp32 at 32x32 latents; on CUDA: fp16 at 512 px, and
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from ._protocol import highest, peak_in_child
+
 MEMORY = ("plain", "floor", "ours")
 FIRST, LAST = 0, 45  # of 50 steps: everything injected, nothing any more
 
@@ -56,62 +52,16 @@ def measure(quick: bool, cuda: bool, size: int | None = None) -> dict:
 
 
 def peak(variant: str, quick: bool, cuda: bool, size: int | None) -> dict:
-    """Leaf: peak MB allocated above the resident weights during one step, measured in a process of its own."""
-    arguments = [variant, str(int(quick)), str(int(cuda)), str(size or 0)]
-    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {variant} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """Leaf: peak MB allocated above the resident weights during one step."""
+    return peak_in_child("pnp", cuda, variant, str(int(quick)), str(int(cuda)), str(size or 0))
 
 
-def _peak_here(variant: str, quick: bool, cuda: bool, size: int) -> dict:
-    import torch
+def peak_here(variant: str, quick: str, cuda: str, size: str) -> float:
+    """Bytes, in this process (see `_protocol.peak_in_child`)."""
+    from ._step import Bench
+    from ._variants import VARIANTS
 
-    from palimpsest.benchmarks._step import SEED, Bench
-    from palimpsest.benchmarks._variants import VARIANTS
-    from palimpsest.benchmarks.pnp import setting as setting_of
-
-    run = Bench(setting_of(quick, cuda, size or None))
+    run = Bench(setting(bool(int(quick)), bool(int(cuda)), int(size) or None))
     model = VARIANTS[variant](run.model, run.trajectory)
     run.step(model, run.sigma(FIRST))  # loads the weights and what torch keeps for good
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        resident = torch.cuda.memory_allocated()
-        run.step(model, run.sigma(FIRST))
-        top = torch.cuda.max_memory_allocated() - resident
-    else:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            run.step(model, run.sigma(FIRST))
-        top = _highest(profile)
-    return {"value": top / 2**20, "n": 1, "seeds": [SEED]}
-
-
-def _highest(profile) -> int:
-    """Highest sum of allocations minus frees in a profile, in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0)
-    total = highest = 0
-    for _, size in memory:
-        total += size
-        highest = max(highest, total)
-    return highest
-
-
-if __name__ == "__main__":
-    # a child of `peak`: the pack and the host are found as devtools/run.py and devtools/bench.py find them
-    import importlib.util
-    import os
-
-    spec = importlib.util.spec_from_file_location("palimpsest", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["palimpsest"] = package
-    spec.loader.exec_module(package)
-    from palimpsest.devtools.inprocess import put_host_on_path
-
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    on_cuda = bool(int(sys.argv[3]))
-    put_host_on_path(Path(os.environ["COMFYUI_PATH"]), [] if on_cuda else ["--cpu"])
-    print(json.dumps(_peak_here(sys.argv[1], bool(int(sys.argv[2])), on_cuda, int(sys.argv[4]))))
+    return highest(lambda: run.step(model, run.sigma(FIRST)), bool(int(cuda)))

@@ -8,16 +8,19 @@ from pathlib import Path
 import torch
 
 from .autoencoder import Autoencoder
-from .nets import CONTEXT, TEXT_CONFIG, VOCABULARY, unet_config
+from .nets import CONTEXT, TEXT_CONFIG, VOCABULARY, controlnet_config, unet_config
 from .storage import read_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
 UNET_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "text_encoder."
 
 
+PARTS = ("autoencoder", "seecoder", "controlnet")  # not models by themselves
+
+
 def names() -> list[str]:
-    """Members of the family that are shipped, except the autoencoder they share."""
-    return sorted(file.stem for file in WEIGHTS.glob("*.safetensors") if file.stem != "autoencoder")
+    """Members of the family that are shipped, except the parts they share."""
+    return sorted(file.stem for file in WEIGHTS.glob("*.safetensors") if file.stem not in PARTS)
 
 
 def load_model(weights: dict[str, torch.Tensor]):
@@ -128,3 +131,22 @@ def load(name: str):
     model, clip, vae = found
     return model, clip, vae
 
+
+
+def load_controlnet():
+    """The shipped ControlNet as the host's own object, for ControlNetApplyAdvanced. Raises ValueError, one sentence, when its file is missing or damaged."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management as mm
+    import comfy.ops
+
+    weights, _ = read_weights(WEIGHTS / "controlnet.safetensors")
+    load_device = mm.get_torch_device()
+    dtype = mm.unet_dtype(model_params=sum(v.numel() for v in weights.values()), supported_dtypes=[torch.float16, torch.bfloat16, torch.float32])
+    cast = mm.unet_manual_cast(dtype, load_device)
+    network = comfy.cldm.cldm.ControlNet(**controlnet_config(), dtype=dtype, operations=comfy.ops.disable_weight_init if cast is None else comfy.ops.manual_cast)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError("The file controlnet.safetensors holds other weights than this version of the pack expects; reinstall the pack.") from error
+    return comfy.controlnet.ControlNet(network.eval(), load_device=load_device, manual_cast_dtype=cast)

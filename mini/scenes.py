@@ -266,3 +266,16 @@ def render(scene: Scene) -> np.ndarray:
 def masks(scene: Scene) -> np.ndarray:
     """Silhouette of each object, float32 [objects, 128, 128] in 0..1, in the scene's order."""
     return np.stack([object_layers(obj, scene.style, (0, 0, SIZE, SIZE))[0] for obj in scene.objects]).astype(np.float32)
+
+
+def outline(silhouettes: np.ndarray) -> np.ndarray:
+    """White lines two pixels wide inside the border of every silhouette [n, H, W], on black; float32 [H, W] in 0..1."""
+    out = np.zeros(silhouettes.shape[1:], np.float32)
+    for silhouette in silhouettes:
+        inside = np.pad(silhouette > 0.5, 2)
+        inner = inside.copy()
+        for axis in (0, 1):
+            for step in (-2, -1, 1, 2):
+                inner &= np.roll(inside, step, axis)
+        out[(inside & ~inner)[2:-2, 2:-2]] = 1
+    return out

@@ -56,7 +56,44 @@ def train_text_to_image(folder: Path, args, device) -> None:
     write_weights(file, named, {**metadata, **figures})
 
 
-MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image}
+def shipped_text_to_image() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """(UNet, text encoder) of mini/weights on the CPU. Raises ValueError when the file is missing or damaged."""
+    from .nets import new_text_encoder, new_unet
+
+    weights = read_weights(WEIGHTS / "text_to_image.safetensors")[0]
+    unet, text = new_unet(), new_text_encoder(len(weights["token_ids"]) + 1)
+    for net, prefix in ((unet, UNET_PREFIX), (text, TEXT_PREFIX)):
+        net.load_state_dict({key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}, strict=False)
+    return unet, text
+
+
+def train_seecoder_backbone(folder: Path, args, device) -> None:
+    """Part 1 of the mini SeeCoder; its result stays in .train, where part 2 takes it from."""
+    from . import train_seecoder as recipe
+
+    state, metadata = recipe.train_backbone(folder, args.minutes, device, args.seed)
+    write_weights(args.output or folder / "backbone.safetensors", state, metadata)
+
+
+def train_seecoder(folder: Path, args, device) -> None:
+    """Part 2 of the mini SeeCoder, on the shipped text-to-image model."""
+    from . import train_seecoder as recipe
+
+    backbone = read_weights(folder.with_name("seecoder_backbone") / "backbone.safetensors")[0]
+    state, metadata = recipe.train(folder, args.minutes, device, backbone, shipped_text_to_image()[0], shipped_autoencoder(), args.seed)
+    write_weights(args.output or WEIGHTS / "seecoder.safetensors", state, metadata)
+
+
+def train_controlnet(folder: Path, args, device) -> None:
+    """The mini ControlNet, on the shipped text-to-image model."""
+    from . import train_controlnet as recipe
+
+    state, metadata = recipe.train(folder, args.minutes, device, *shipped_text_to_image(), shipped_autoencoder(), args.seed)
+    write_weights(args.output or WEIGHTS / "controlnet.safetensors", state, metadata)
+
+
+MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image, "seecoder_backbone": train_seecoder_backbone,
+           "seecoder": train_seecoder, "controlnet": train_controlnet}
 
 
 def main(argv: list[str]) -> int:

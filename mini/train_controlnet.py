@@ -12,24 +12,11 @@ from .autoencoder import SCALE, Autoencoder
 from .captions import caption
 from .nets import attention_for_training, controlnet_config, initialise, text_states
 from .optim import Trainer
-from .scenes import masks, render, sample_scene
+from .scenes import masks, outline, render, sample_scene
 from .tokens import GrammarTokens
 
 BATCH, POOL, RATE, TRAIN_SEED = 48, 16_000, 6e-4, 5_000_000
 BLIND = 0.5  # of the captions are empty: the hint alone has to say where things are
-
-
-def outline(scene) -> np.ndarray:
-    """The hint of a scene: white lines two pixels wide along every silhouette, on black; float32 [128, 128] in 0..1."""
-    out = np.zeros((128, 128), np.float32)
-    for mask in masks(scene):
-        inside = mask > 0.5
-        inner = inside.copy()
-        for axis in (0, 1):
-            for step in (-2, -1, 1, 2):
-                inner &= np.roll(inside, step, axis)
-        out[inside & ~inner] = 1
-    return out
 
 
 def new_controlnet(unet: torch.nn.Module) -> torch.nn.Module:
@@ -57,7 +44,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
     hints, latents = torch.empty(POOL, 128, 128, dtype=torch.uint8), []
     for start in range(0, POOL, 100):
         scenes = [sample_scene(TRAIN_SEED + start + i) for i in range(100)]
-        hints[start:start + 100] = torch.from_numpy(np.stack([outline(scene) for scene in scenes]) * 255).to(torch.uint8)
+        hints[start:start + 100] = torch.from_numpy(np.stack([outline(masks(scene)) for scene in scenes]) * 255).to(torch.uint8)
         drawn = torch.from_numpy(np.stack([render(scene) for scene in scenes])).movedim(-1, 1)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             latents.append((autoencoder.encode(drawn * 2 - 1) * SCALE).half())

@@ -22,8 +22,8 @@ from .nets import CONTEXT, attention_for_training, initialise
 from .optim import Trainer
 from .scenes import BACKGROUNDS, COLORS, PATTERNS, PLACES, SHAPES, SIZES, STYLES, masks, render, sample_scene
 
-MINI = Sizes(embed=24, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=4, mlp=(48, 96, 192, 384), width=CONTEXT, decoder_hidden=2 * CONTEXT, decoder_layers=2,
-             queries=148, query_hidden=2 * CONTEXT, query_layers=6, position=False)
+MINI = Sizes(embed=20, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=4, mlp=(40, 80, 160, 320), width=CONTEXT, decoder_hidden=CONTEXT, decoder_layers=2,
+             queries=148, query_hidden=CONTEXT, query_layers=6, position=False)
 BACKBONE_BATCH, BATCH, POOL = 64, 48, 16_000
 BACKBONE_RATE, RATE = 2e-3, 1e-3
 TRAIN_SEED = 4_000_000

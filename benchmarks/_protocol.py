@@ -1,0 +1,78 @@
+"""How times and memory are compared: interleaved rounds with a control, and peaks in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Callable
+
+SEED = 0
+VALID = 0.02  # a run whose A/A control is further off than this is marked invalid
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def ratio(measured: Callable[[], float], reference: Callable[[], float], rounds: int, warm_up: int) -> dict:
+    """Leaf: seconds of `measured` over those of `reference`, in interleaved rounds (reference, measured, reference).
+
+    The value is the median of the rounds; p10 and p90 lie beside it, and the control (second over first reference).
+    """
+    for _ in range(warm_up):
+        reference()
+        measured()
+    ratios, control = [], []
+    for _ in range(rounds):
+        before, middle, after = reference(), measured(), reference()
+        ratios.append(2 * middle / (before + after))
+        control.append(after / before)
+    off = statistics.median(control)
+    deciles = statistics.quantiles(ratios, n=10, method="inclusive")
+    return {"value": statistics.median(ratios), "p10": deciles[0], "p90": deciles[-1], "control": off, "valid": abs(off - 1) <= VALID, "n": rounds, "seeds": [SEED]}
+
+
+def peak_in_child(module: str, cuda: bool, *arguments: str) -> dict:
+    """Leaf: what `peak_here(*arguments)` of benchmarks/<module>.py measures in a process of its own, in MB."""
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), module, str(int(cuda)), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return {"value": float(done.stdout.splitlines()[-1]) / 2**20, "n": 1, "seeds": [SEED]}
+
+
+def highest(run: Callable[[], object], cuda: bool) -> float:
+    """Peak bytes allocated while `run` runs, above what was allocated before."""
+    import torch
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - resident
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    memory = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0)
+    total = top = 0
+    for _, size in memory:
+        total += size
+        top = max(top, total)
+    return top
+
+
+if __name__ == "__main__":
+    # a child of `peak_in_child`: the pack and the host are found as devtools/run.py and devtools/bench.py find them
+    import importlib
+    import runpy
+
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    runpy.run_path(str(ROOT / "devtools" / "run.py"))["register_pack"]()
+    from palimpsest.devtools.inprocess import put_host_on_path
+
+    put_host_on_path(Path(os.environ["COMFYUI_PATH"]), [] if int(sys.argv[2]) else ["--cpu"])
+    print(importlib.import_module(f"palimpsest.benchmarks.{sys.argv[1]}").peak_here(*sys.argv[3:]))
