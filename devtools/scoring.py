@@ -76,14 +76,14 @@ class Mini:
 
     @torch.inference_mode()
     def sample(self, model, positive: list, latent: torch.Tensor, seeds: list[int] | None, *, steps: int, cfg: float, scheduler: str = "normal",
-               denoise: float = 1.0, negative: list | None = None) -> torch.Tensor:
-        """KSampler's result with euler from `latent` [B, 4, h, w]; `seeds` one per row, None for no added noise; `negative` None is the empty prompt."""
+               denoise: float = 1.0, negative: list | None = None, sampler: str = "euler") -> torch.Tensor:
+        """KSampler's result from `latent` [B, 4, h, w]; `seeds` one per row, None for no added noise; `negative` None is the empty prompt."""
         import comfy.sample
 
         noise = torch.zeros_like(latent) if seeds is None else torch.cat([
             torch.randn(1, *latent.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         negative = self.prompts([""]) if negative is None else negative
-        return comfy.sample.sample(model, noise, steps, cfg, "euler", scheduler, positive, negative, latent, denoise=denoise,
+        return comfy.sample.sample(model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=denoise,
                                    disable_noise=seeds is None, disable_pbar=True, seed=0)
 
 
