@@ -67,7 +67,7 @@ class MiniControlNet(io.ComfyNode):
             display_name="Mini ControlNet",
             category="Palimpsest/mini",
             description=(
-                "Loads the ControlNet of the mini checkpoint, which comes with this pack: it draws objects where white outlines on black say. "
+                "Loads the ControlNet of the mini checkpoint: it draws objects where white outlines on black say. "
                 "Connect it to Apply ControlNet with the outline picture of Mini Outline."
             ),
             inputs=[],
