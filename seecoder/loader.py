@@ -17,8 +17,7 @@ from .sizes import LEVELS, Sizes, read_sizes, without_prefix
 log = logging.getLogger("palimpsest")
 
 PRECISIONS = ("auto", "fp32", "fp16")
-# live bytes per pixel of the picture and channel of the first stage, at one byte per value; the widest moment is the
-# merging to 1/8 size, measured by benchmarks/seecoder.py
+# live values per pixel of the picture and channel of the first stage, with room to spare: what the host is asked to keep free
 VALUES_PER_PIXEL = 1.6
 
 
