@@ -67,7 +67,7 @@ class Explicit:
             bands = [[0 if p < size - w else 1 if p < size - shift else 2 for p in range(size)] for size in (rows * w, columns * w)]
             region = 3 * torch.tensor(bands[0])[:, None] + torch.tensor(bands[1])
             region = region.reshape(rows, w, columns, w).permute(0, 2, 1, 3).reshape(rows * columns, w * w)
-            logits = logits - 100.0 * (region[:, None, :] != region[:, :, None])[:, None]
+            logits = logits - 100.0 * (region[:, None, :] != region[:, :, None])[:, None].to(logits)
         windows = (logits.softmax(-1) @ v).transpose(1, 2).reshape(rows * columns, w * w, channels)
         y = self.linear(f"{name}.attn.proj", windows)
         y = y.reshape(rows, columns, w, w, channels).permute(0, 2, 1, 3, 4).reshape(1, rows * w, columns * w, channels)
@@ -131,7 +131,7 @@ class Explicit:
                 a, b = 2 * math.pi * (i + 0.5 - height / 2) / m, 2 * math.pi * (j + 0.5 - width / 2) / m
                 f = [(m / 2) ** (k / 19) for k in range(20)]
                 rows.append([math.sin(a * g) for g in f] + [math.cos(a * g) for g in f] + [math.sin(b * g) for g in f] + [math.cos(b * g) for g in f])
-        x = torch.tensor(rows, dtype=self.state["qtransformer.pe_layer.mlp.0.weight"].dtype)
+        x = torch.tensor(rows).to(self.state["qtransformer.pe_layer.mlp.0.weight"])
         for number in ("0", "2"):
             x = F.silu(self.linear(f"qtransformer.pe_layer.mlp.{number}", x))
         return self.linear("qtransformer.pe_layer.mlp.4", x)

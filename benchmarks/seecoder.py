@@ -1,7 +1,8 @@
 """Cost of encoding a picture with SeeCoder, official sizes, random weights.
 
 time_ratio_to_explicit, memory_ratio_to_explicit: against the plain form (attention maps written out, nothing folded, no parts).
-ratio_to_floor: the host's way (loading, casting layers, progress) over the bare network. seconds, peak_mb: ours, for orientation.
+ratio_to_floor: the node's way (loading, layers that cast, progress, cancel) over the bare network on plain layers with the same weights.
+seconds, peak_mb: ours, for orientation.
 Top level 512 px, "px1024" beside it; fp32 on CPU, fp16 on CUDA.
 """
 
@@ -29,8 +30,11 @@ def prepare(quick: bool, cuda: bool, size: int, explicit: bool):
     """(function that encodes once and returns its seconds, bare network) for one variant; weights are random."""
     import torch
 
-    from ..seecoder import loader
-    from ..seecoder.sizes import without_prefix
+    import comfy.ops
+
+    from ..seecoder import encode, loader
+    from ..seecoder.network import build
+    from ..seecoder.sizes import read_sizes, without_prefix
     from ..tests.helpers.seecoder import OFFICIAL, SMALL, random_picture, random_state
     from ._seecoder_explicit import Explicit
 
@@ -44,12 +48,13 @@ def prepare(quick: bool, cuda: bool, size: int, explicit: bool):
         pixels = picture.movedim(-1, 1).to(device, dtype)
     else:
         model = loader.from_state(random_state(sizes), "random", "fp16" if cuda else "fp32")
-        bare = model.network
+        state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in without_prefix(random_state(sizes)).items()}
+        bare = build(state, read_sizes(state), comfy.ops.disable_weight_init).to(device)
 
     @torch.inference_mode()
     def once() -> float:
         began = time.perf_counter()
-        out = plain(pixels) if explicit else model.encode(picture)
+        out = plain(pixels) if explicit else encode.encode_pictures(model, picture)
         if cuda:
             torch.cuda.synchronize()
         assert bool(torch.isfinite(out).all())

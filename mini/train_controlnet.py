@@ -17,6 +17,7 @@ from .tokens import GrammarTokens
 
 BATCH, POOL, RATE, TRAIN_SEED = 48, 16_000, 6e-4, 5_000_000
 BLIND = 0.5  # of the captions are empty: the hint alone has to say where things are
+SILENT = 0.15  # of the contexts are zeros, the negative that goes with a picture as prompt
 
 
 def new_controlnet(unet: torch.nn.Module) -> torch.nn.Module:
@@ -68,10 +69,10 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
             noisy, hint = a.sqrt() * clean + (1 - a).sqrt() * noise, (hints[pick].to(device).float() / 255)[:, None].expand(-1, 3, -1, -1)
             with torch.autocast(device.type, torch.bfloat16):
                 with torch.no_grad():
-                    context = text_states(text, ids.to(device))
+                    context = text_states(text, ids.to(device)) * (torch.rand(BATCH, 1, 1, generator=g) >= SILENT).to(device)
                 found = net(x=noisy, hint=hint, timesteps=t.float(), context=context)
                 predicted = unet(noisy, t.float(), context=context, control={name: list(parts) for name, parts in found.items()}, transformer_options=options).float()
             loss = (base.weights_at(abar[t]) * (predicted - noise).square().mean((1, 2, 3))).mean()
             going = trainer.update(loss, BATCH)
     trainer.report()
-    return trainer.averaged(), {"recipe": "controlnet", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "blind": BLIND}
+    return trainer.averaged(), {"recipe": "controlnet", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "blind": BLIND, "silent": SILENT}

@@ -84,19 +84,19 @@ def official_names(net: SeeCoder) -> dict[str, torch.Tensor]:
 
 def draw(first_seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(pictures uint8 [n, 3, 128, 128], share of each cell that each of two objects covers [n, 2, 16, 16], class numbers [n, 2] or [n])."""
-    images = np.empty((count, 128, 128, 3), np.uint8)
+    images = np.empty((count, 3, 128, 128), np.uint8)
     shares = torch.zeros(count, 2, CELLS, CELLS)
     labels = {name: torch.zeros(count, 2, dtype=torch.long) for name in OF_OBJECT} | {name: torch.zeros(count, dtype=torch.long) for name in OF_SCENE}
     for i in range(count):
         scene = sample_scene(first_seed + i)
-        images[i] = render(scene) * 255 + 0.5
+        images[i] = (render(scene) * 255 + 0.5).transpose(2, 0, 1)
         shares[i, :len(scene.objects)] = adaptive_avg_pool2d(torch.from_numpy(masks(scene)), CELLS)
         for name, words in OF_OBJECT.items():
             for j, obj in enumerate(scene.objects):
                 labels[name][i, j] = words.index(getattr(obj, name))
         for name, words in OF_SCENE.items():
             labels[name][i] = words.index(getattr(scene, name))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), shares, labels
+    return torch.from_numpy(images), shares, labels
 
 
 def reading_loss(logits: torch.Tensor, shares: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -18,6 +18,15 @@ RESIZE_TOOLTIP = (
 )
 
 
+def stamp(name: str | None) -> str:
+    """Changes when the file of this name does; empty for none, a linked or a missing one."""
+    try:
+        info = os.stat(files.find(name)) if name else None
+    except (ValueError, OSError):
+        info = None
+    return f"{info.st_mtime_ns} {info.st_size}" if info else ""
+
+
 class SeeCoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -42,7 +51,7 @@ class SeeCoderLoader(io.ComfyNode):
                     options=list(loader.PRECISIONS),
                     default="auto",
                     tooltip="Number format of the computation. auto: fp16 on graphics cards that like it (0.6 GB instead of 1.2 GB), fp32 elsewhere and for bf16 files. "
-                    "fp16 is within 0.3 % of fp32 and falls back to it where values overflow.",
+                    "fp16 differs by less than 1 % and is computed again in fp32 where values overflow.",
                 ),
             ],
             outputs=[
@@ -60,6 +69,8 @@ class SeeCoderLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, seecoder_name):
         """A name that is not in the list says where files belong, instead of the host's "value not in list"."""
+        if seecoder_name is None:  # linked from another node, known only when it runs
+            return True
         try:
             files.find(seecoder_name)
         except ValueError as error:
@@ -69,11 +80,7 @@ class SeeCoderLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, seecoder_name, **kwargs):
         """A file that was replaced is loaded anew."""
-        try:
-            info = os.stat(files.find(seecoder_name))
-        except (ValueError, OSError):
-            return ""
-        return f"{info.st_mtime_ns} {info.st_size}"
+        return stamp(seecoder_name)
 
 
 class SeeCoderEncode(io.ComfyNode):
@@ -103,7 +110,7 @@ class SeeCoderEncode(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="Factor on the picture's tokens, 0 to 2. 1 is published; 0 says nothing (equal to zeros); 0.5 to 1.2 is the useful range.",
+                    tooltip="Factor on the picture's tokens, 0 to 2. 1 is published; 0 says nothing (equal to zeros).",
                 ),
                 io.Combo.Input(
                     "batch",
@@ -119,7 +126,7 @@ class SeeCoderEncode(io.ComfyNode):
                 io.Int.Input("resize_longer_side", default=0, min=0, max=4096, step=32, tooltip=RESIZE_TOOLTIP),
                 io.Combo.Input(
                     "anime_file",
-                    options=[NO_FILE, *files.installed({".pth", ".pt", ".safetensors"})],
+                    options=[NO_FILE, *files.embeddings()],
                     default=NO_FILE,
                     tooltip='File with the negative embedding, used when negative is "anime file": anime_ug.pth (118 kB, from the assets of '
                     "Prompt-Free Diffusion) in models/seecoder.",
@@ -154,6 +161,16 @@ class SeeCoderEncode(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, anime_file):
+        """A workflow saved with a file that is not here still runs where that file is not needed; `execute` says what is missing."""
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, anime_file=None, **kwargs):
+        """A file that was replaced is read anew."""
+        return stamp(None if anime_file == NO_FILE else anime_file)
+
+    @classmethod
     def execute(
         cls, seecoder, image, negative, strength, batch, weights, resize_longer_side, anime_file,
         mask=None, text=None, negative_text=None, model=None, **kwargs,
@@ -175,9 +192,13 @@ class SeeCoderEncode(io.ComfyNode):
         height, width = encode.resized(encode.rgb(image[:1]), resize_longer_side).shape[1:3]
         report = (
             f"{seecoder.describe()}\n{len(image)} reference{'s' if len(image) > 1 else ''} of {width} x {height} px"
-            f"{' through a mask' if mask is not None else ''}, {batch if len(image) > 1 else 'strength'} {strength:g}\n"
+            f"{' through a mask' if mask is not None else ''}, strength {strength:g}\n"
             f"positive {list(positive[0][0].shape)}{', text first' if text is not None else ''}; negative: {negative}, {list(negatives[0][0].shape)}"
         )
+        if len(image) > 1:
+            listed = f" with weights {weights.strip()}" if weights.strip() else ""
+            needed = f": needs a latent batch of {len(image)}, a smaller one uses the first pictures only" if batch == "one each" else ""
+            report += f"\n{batch}{listed}{needed}"
         return io.NodeOutput(positive, negatives, report, ui=show(cls, report))
 
 
@@ -214,7 +235,8 @@ class SeeCoderCompare(io.ComfyNode):
     def execute(cls, seecoder, image, resize_longer_side, mask=None, **kwargs) -> io.NodeOutput:
         readings: list = []
         encode.encode_pictures(seecoder, image, mask, resize_longer_side, readings)
-        sheet = view.comparison(encode.rgb(image), readings)
+        encoded = encode.resized(encode.rgb(image[:1]), resize_longer_side).shape[1:3]
+        sheet = view.comparison(encode.rgb(image), readings, tuple(encoded))
         report = view.describe(readings)
         return io.NodeOutput(sheet, report, ui=show(cls, report, sheet))
 

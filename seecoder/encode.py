@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention_patches.host import token_width
 from .loader import SeeCoderModel, read_file
 
 NEGATIVES = ("zeros", "text", "anime file", "same as positive")
@@ -116,6 +117,8 @@ def with_text(tokens: Tensor, text: list | None) -> list:
     if text is None:
         return [[tokens, {}]]
     out = []
+    if not text:
+        raise ValueError("The connected text is empty conditioning: connect a CLIP Text Encode, or disconnect it.")
     for words, options in text:
         if words.shape[-1] != tokens.shape[-1]:
             raise ValueError(f"The text has {words.shape[-1]} values per token, but SeeCoder gives {tokens.shape[-1]}: encode it with the CLIP of an SD1.x checkpoint.")
@@ -147,7 +150,7 @@ def read_embedding(path: str, width: int) -> Tensor:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # pickle, zip and torch each have their own
-            raise ValueError(f"The file {name} cannot be read as tensors ({str(error).splitlines()[0]}): download anime_ug.pth again.") from error
+            raise ValueError(f"The file {name} cannot be read as tensors ({(str(error) or type(error).__name__).splitlines()[0]}): download anime_ug.pth again.") from error
     tensors = [found] if isinstance(found, Tensor) else [value for value in found.values() if isinstance(value, Tensor)] if isinstance(found, dict) else []
     if len(tensors) != 1 or tensors[0].ndim not in (2, 3) or tensors[0].shape[-1] != width or (tensors[0].ndim == 3 and len(tensors[0]) != 1):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors[:3]) or "no tensor"
@@ -156,7 +159,7 @@ def read_embedding(path: str, width: int) -> Tensor:
 
 
 def negative_for(choice: str, positive: list, text: list | None = None, embedding: Tensor | None = None) -> list:
-    """The negative that belongs to `positive`, with as many tokens.
+    """The negative that belongs to `positive`, with at least as many tokens.
 
     zeros: of the positive's shape, as for the v1-0 and position-aware encoders. text, anime file: a text's or a file's
     tokens, zero tokens after them. same as positive: guidance has nothing to push away from, whatever its scale.
@@ -184,10 +187,11 @@ def negative_for(choice: str, positive: list, text: list | None = None, embeddin
 
 def check_model(model, seecoder: SeeCoderModel) -> None:
     """Raises ValueError, one sentence, when a MODEL wants tokens of another width than the encoder gives."""
-    config = model.model.model_config.unet_config
-    width = config.get("context_dim")
+    width = token_width(model)
+    name = type(model.model.model_config).__name__
+    if width is None:
+        raise ValueError(f"The connected model ({name}) takes no text tokens that SeeCoder could stand in for: use an SD1.x checkpoint.")
     if width != seecoder.width:
-        name = type(model.model.model_config).__name__
         raise ValueError(
             f"The connected model ({name}) wants {width} values per token, but {seecoder.name} gives {seecoder.width}: use an SD1.x checkpoint with the official encoders."
         )

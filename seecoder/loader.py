@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from .network import SeeCoder, build
-from .sizes import LEVELS, Sizes, read_sizes, without_prefix
+from .sizes import LEVELS, PREFIX, Sizes, describe_other, read_sizes, without_prefix
 
 log = logging.getLogger("palimpsest")
 
 PRECISIONS = ("auto", "fp32", "fp16")
+TENSORS_AT_ONCE = 40  # of a file that is copied
 # live values per pixel of the picture and channel of the first stage, with room to spare: what the host is asked to keep free
 VALUES_PER_PIXEL = 1.6
 
@@ -93,14 +95,32 @@ def load(path: str, precision: str = "auto") -> SeeCoderModel:
 
 
 def read_file(path: str):
-    """Content of a model file through the host's loader. Raises ValueError, one sentence, when it is damaged."""
+    """Content of a model file. Raises ValueError, one sentence, when it is damaged or, if it has names to tell by, no SeeCoder.
+
+    Tensors of a safetensors file are copied a few at a time: the host's loader maps the whole file, and weights that stay mapped
+    change, or kill the process, when the file is replaced; copying them from one mapping would hold everything twice.
+    """
     import comfy.utils
 
     try:
-        return comfy.utils.load_torch_file(path, safe_load=True)
-    # whatever safetensors, pickle or zip find wrong; the host's own message runs over several lines
+        if not path.lower().endswith((".safetensors", ".sft")):
+            return comfy.utils.load_torch_file(path, safe_load=True)
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        own = [name for name in names if name.startswith(PREFIX)] or names
+        if not any("imencoder." in name for name in own) and len(own) > 1:
+            own = []
+        state: dict[str, Tensor] = {}
+        for start in range(0, len(own), TENSORS_AT_ONCE):
+            with safe_open(path, "pt") as file:
+                state.update({name: file.get_tensor(name).clone() for name in own[start:start + TENSORS_AT_ONCE]})
+    # whatever the system, safetensors, pickle or zip find wrong
     except Exception as error:
-        raise ValueError(f"The file {os.path.basename(path)} cannot be read ({str(error).splitlines()[0]}): its download may be incomplete, so fetch it again.") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"The file {os.path.basename(path)} cannot be read ({reason}): its download may be incomplete, so fetch it again.") from error
+    if not own:
+        raise ValueError(f"The file {os.path.basename(path)} is no SeeCoder: {describe_other(names)}; choose seecoder-v1-0, seecoder-pa-v1-0 or seecoder-anime-v1-0.")
+    return state
 
 
 def from_state(state: dict[str, Tensor], name: str, precision: str = "auto") -> SeeCoderModel:
@@ -122,5 +142,7 @@ def from_state(state: dict[str, Tensor], name: str, precision: str = "auto") -> 
     if half:
         # in place of float32 weights, which half-precision activations would only cast anew for every picture
         network.to(torch.float16)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
+            raise ValueError(f"The file {name} holds weights beyond the range of fp16: set precision to fp32.")
     patcher = comfy.model_patcher.ModelPatcher(network, load_device=load_device, offload_device=offload_device)
     return SeeCoderModel(name, network, patcher, torch.float16 if half else torch.float32)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .decoder import Decoder, fold_value_path
 from .queries import QueryTransformer
-from .sizes import LEVELS, Sizes, check_tensors
+from .sizes import LEVELS, STRIDES, Sizes, check_tensors
 from .swin import Swin
 
 UNUSED = re.compile(r".*relative_position_index|imencoder\.norm0\..*")
@@ -39,7 +39,7 @@ class SeeCoder(nn.Module):
         features = self.imencoder(pixels, tick)
         grids = [(feature.shape[1], feature.shape[2]) for feature in features]
         levels = self.imdecoder(features, tick)
-        biases = None if coverage is None else [reading_biases(coverage, grid).to(levels[0]) for grid in grids]
+        biases = None if coverage is None else [reading_biases(coverage, grid, stride).to(levels[0]) for grid, stride in zip(grids, STRIDES)]
         maps: list | None = None if reading is None else []
         tokens = self.qtransformer(levels, grids, biases, maps, tick)
         if reading is not None and maps is not None:
@@ -47,13 +47,17 @@ class SeeCoder(nn.Module):
         return tokens
 
 
-def reading_biases(coverage: Tensor, grid: tuple[int, int]) -> Tensor:
+def reading_biases(coverage: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
     """[B, 1, 1, h * w]: 0 for the cells of a map that may be read, minus infinity for the others.
 
-    coverage: [B, H, W] in 0..1. A cell counts when at least half of it is covered; where no cell is (a spot smaller than half
+    coverage: [B, H, W] in 0..1; stride: pixels per cell. A cell counts when at least half of it is covered; where no cell is (a spot smaller than half
     a cell), the most covered one does.
     """
-    shares = nn.functional.adaptive_avg_pool2d(coverage[:, None].float(), grid).flatten(1)
+    height, width = coverage.shape[1:]
+    # cells are counted from the top left; the last ones reach over the border, and only what lies inside counts
+    reach = (0, stride * grid[1] - width, 0, stride * grid[0] - height)
+    inside, covered = (nn.functional.avg_pool2d(nn.functional.pad(x, reach), stride) for x in (torch.ones_like(coverage[:, None], dtype=torch.float32), coverage[:, None].float()))
+    shares = (covered / inside.clamp(min=1e-6)).flatten(1)
     readable = (shares >= 0.5) | ((shares < 0.5).all(1, keepdim=True) & (shares == shares.amax(1, keepdim=True)))
     return torch.zeros_like(shares).masked_fill(~readable, float("-inf"))[:, None, None]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 PREFIX = "ctx.image."  # official files carry it, copies from other tools may not
 LEVELS = ("res3", "res4", "res5")
+STRIDES = (8, 16, 32)  # pixels per cell of each level
 GLOBAL = 4  # the first queries see the picture only through the others
 QUERY_HEADS = 8  # heads leave no trace in a state dict; every published file has eight
 CONV_GROUPS = 32
@@ -59,7 +61,7 @@ def read_sizes(state: dict[str, Tensor]) -> Sizes:
         stages = _count(state, r"imencoder\.layers\.(\d+)\.")
         block = "imencoder.layers.{}.blocks.0."
         tables = [state[block.format(s) + "attn.relative_position_bias_table"] for s in range(stages)]
-        return Sizes(
+        sizes = Sizes(
             embed=state["imencoder.patch_embed.proj.weight"].shape[0],
             depths=tuple(_count(state, rf"imencoder\.layers\.{s}\.blocks\.(\d+)\.") for s in range(stages)),
             heads=tuple(table.shape[1] for table in tables),
@@ -76,11 +78,18 @@ def read_sizes(state: dict[str, Tensor]) -> Sizes:
     # IndexError: no stage at all, or tensors with fewer dimensions
     except (KeyError, IndexError) as error:
         raise ValueError(f"The file is no SeeCoder: {describe_other(state)}; choose seecoder-v1-0, seecoder-pa-v1-0 or seecoder-anime-v1-0.") from error
+    odd = len(sizes.depths) != len(LEVELS) + 1 or sizes.width % CONV_GROUPS or any(c % n for c, n in zip(sizes.channels, sizes.heads)) or sizes.query_layers < len(LEVELS)
+    if odd or sizes.queries <= GLOBAL or not all(tensor.is_floating_point() for key, tensor in state.items() if not key.endswith("relative_position_index")):
+        raise ValueError(
+            f"The file looks like a SeeCoder of {len(sizes.depths)} stages, {sizes.width} values per token and {sizes.query_layers} query layers, which cannot be run: "
+            "choose seecoder-v1-0, seecoder-pa-v1-0 or seecoder-anime-v1-0."
+        )
+    return sizes
 
 
-def describe_other(state: dict[str, Tensor]) -> str:
-    """What a file that is no SeeCoder seems to be, for the error message."""
-    keys = list(state)
+def describe_other(names: Iterable[str]) -> str:
+    """What a file with tensors of these names, which is no SeeCoder, seems to be; for the error message."""
+    keys = list(names)
     for words, marks in (
         ("it holds an IP-Adapter", ("image_proj.", "ip_adapter.")),
         ("it holds a CLIP vision model", ("vision_model.", "visual.")),

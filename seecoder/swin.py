@@ -113,7 +113,8 @@ class Block(nn.Module):
                 if not part.numel():
                     continue
                 apart = (y_edge & (late_y[:, None] != late_y)) | (x_edge & (late_x[:, None] != late_x))
-                masked = bias + APART * apart
+                # in the features' dtype: fused attention on CUDA refuses a bias of another one
+                masked = bias + APART * apart.to(bias)
                 out[:, y_slice, x_slice] = in_chunks(lambda p, masked=masked: self.attn(p, masked), part.flatten(0, 2), limit).view_as(part)
         return out
 

@@ -72,11 +72,14 @@ def test_the_loader_lists_loads_and_explains(folder):
     assert SeeCoderLoader.fingerprint_inputs("mine.safetensors") != before, "a file that was replaced is loaded anew"
     (folder / "mine.safetensors").unlink()
     assert SeeCoderLoader.fingerprint_inputs("mine.safetensors") == ""
+    # a name that comes from another node is None until that node has run
+    assert SeeCoderLoader.validate_inputs(None) is True and SeeCoderLoader.fingerprint_inputs(None) == ""
 
 
 def test_positive_negative_and_report(seecoder):
     positive, negative, report = encode(seecoder, random_picture(60, 80))
     assert positive[0][0].shape == negative[0][0].shape == (1, 148, 768) and negative[0][0].abs().max() == 0
+    assert "one each: needs a latent batch of 2" in encode(seecoder, random_picture(60, 80, batch=2))[2]
     assert report.splitlines()[1:] == ["1 reference of 80 x 60 px, strength 1", "positive [1, 148, 768]; negative: zeros, [1, 148, 768]"]
 
 

@@ -50,7 +50,9 @@ def test_any_size_and_color_is_encoded(model, height, width, channels):
 @torch.inference_mode()
 def test_a_batch_equals_its_pictures(model):
     pictures = random_picture(50, 70, batch=3)
-    assert torch.equal(encode.encode_pictures(model, pictures)[1:2], encode.encode_pictures(model, pictures[1:2]))
+    tokens = encode.encode_pictures(model, pictures)
+    assert torch.equal(tokens[1:2], encode.encode_pictures(model, pictures[1:2]))
+    assert relative(tokens[0], tokens[1]) > 0.01 and torch.equal(encode.encode_pictures(model, pictures.flip(0)), tokens.flip(0))
 
 
 @torch.inference_mode()
@@ -121,6 +123,7 @@ def test_text_speaks_before_the_picture_and_keeps_its_options():
     assert [tuple(entry[0].shape) for entry in out] == [(2, 225, 768), (2, 302, 768)]
     assert torch.equal(out[0][0][1, :77], words[0][0][0]) and torch.equal(out[0][0][:, 77:], tokens)
     assert out[0][1] == words[0][1] and out[0][1] is not words[0][1]
+    refused("text is empty conditioning", encode.with_text, tokens, [])
     refused("2048 values per token, but SeeCoder gives 768", encode.with_text, tokens, tiny_cond(dim=2048))
     refused("comes 3 times and the picture 2 times", encode.with_text, tokens, [[torch.zeros(3, 77, 768), {}]])
 

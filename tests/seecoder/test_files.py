@@ -13,12 +13,13 @@ def models(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {k: v for k, v in folder_paths.folder_names_and_paths.items() if k not in files.FOLDERS})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(files, "SHIPPED", {})
+    monkeypatch.setattr(files, "EMBEDDING_BYTES", 3)
     return tmp_path
 
 
-def put(path):
+def put(path, content=b"encoder"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"x")
+    path.write_bytes(content)
 
 
 def test_an_empty_list_explains_itself(models):
@@ -39,7 +40,6 @@ def test_both_folders_and_subfolders_are_searched(models):
     assert [name.replace("\\", "/") for name in names] == ["a.pth", "anime/c.safetensors", "b.safetensors"]
     assert files.find("b.safetensors") == str(models / "seecoder" / "b.safetensors")
     assert files.find("a.pth") == str(models / "seecoders" / "a.pth")
-    assert files.installed({".pth"}) == ["a.pth"]
 
 
 def test_the_list_follows_the_folder(models):
@@ -70,3 +70,18 @@ def test_the_shipped_one_comes_last(models, monkeypatch):
     monkeypatch.setattr(files, "SHIPPED", {"mini": own, "not made yet": models / "missing"})
     put(models / "seecoder" / "z.safetensors")
     assert files.choices() == ["z.safetensors", "mini"] and files.find("mini") == str(own)
+    with pytest.raises(ValueError, match="not part of this version"):
+        files.find("not made yet")
+
+
+def test_beside_the_shipped_one_the_list_still_says_where_files_belong(models, monkeypatch):
+    put(models / "own.safetensors")
+    monkeypatch.setattr(files, "SHIPPED", {"mini": models / "own.safetensors"})
+    assert files.choices() == [files.NONE_FOUND, "mini"]
+
+
+def test_the_negative_embedding_is_not_offered_as_an_encoder(models):
+    """Regression: anime_ug.pth came first in the loader's list and was its default."""
+    put(models / "seecoder" / "anime_ug.pth", b"n")
+    put(models / "seecoder" / "seecoder-anime-v1-0.safetensors")
+    assert files.choices() == ["seecoder-anime-v1-0.safetensors"] and files.embeddings() == ["anime_ug.pth"]

@@ -99,7 +99,7 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path):
     path = tmp_path / "cut.safetensors"
     whole = open(write(tmp_path / "whole.safetensors", random_state(small())), "rb").read()
     path.write_bytes(whole[: len(whole) // 2])
-    for damaged in (path, tmp_path / "empty.safetensors"):
+    for damaged in (path, tmp_path / "empty.safetensors", tmp_path / "empty.pth"):
         if not damaged.exists():
             damaged.write_bytes(b"")
         with pytest.raises(ValueError, match="cannot be read") as error:
@@ -118,6 +118,45 @@ def test_a_file_is_loaded_once_and_let_go(tmp_path):
     other = loader.load(path)
     write(tmp_path / "a.safetensors", random_state(small(), seed=5))
     assert loader.load(path) is not other, "the file has changed"
+
+
+@torch.inference_mode()
+def test_a_file_that_is_overwritten_in_place_does_not_change_the_loaded_model(tmp_path):
+    """Regression: weights stayed mapped to the file, so a new download over it changed or killed the running server."""
+    path, picture = tmp_path / "a.safetensors", random_picture(40, 40)
+    model = loader.load(write(path, random_state(small())))
+    before = model.encode(picture)
+    content = (tmp_path / "b.safetensors")
+    write(content, random_state(small(), seed=5))
+    with open(path, "r+b") as file:
+        file.write(content.read_bytes())
+    assert torch.equal(model.encode(picture), before)
+    with open(path, "r+b") as file:
+        file.truncate(10)
+    assert torch.equal(model.encode(picture), before)
+
+
+def test_other_safetensors_files_are_refused_by_their_names_alone(tmp_path, monkeypatch):
+    """A checkpoint of seven gigabytes must not be read to be refused."""
+    path = write(tmp_path / "model.safetensors", {"model.diffusion_model.out.0.weight": torch.ones(3), "model.diffusion_model.out.0.bias": torch.ones(3)})
+    monkeypatch.setattr(loader, "from_state", lambda *_: pytest.fail("read"))
+    with pytest.raises(ValueError, match="model.safetensors is no SeeCoder: it holds a whole checkpoint"):
+        loader.load(path)
+
+
+def test_weights_beyond_half_precision_are_refused_there():
+    state = random_state(small())
+    state[f"{PREFIX}imdecoder.level_embed"][0, 0] = 1e6
+    with pytest.raises(ValueError, match="beyond the range of fp16: set precision to fp32"):
+        loader.from_state(state, "a", "fp16")
+
+
+def test_sizes_that_cannot_be_run_are_refused():
+    refusal("5 stages", random_state(small(depths=(1, 1, 1, 1, 1), heads=(1, 2, 4, 8, 8), mlp=(8,) * 5)))
+    refusal("2 query layers, which cannot be run", random_state(small(query_layers=2)))
+    state = random_state(small())
+    state[f"{PREFIX}imdecoder.level_embed"] = state[f"{PREFIX}imdecoder.level_embed"].long()
+    refusal("which cannot be run", state)
 
 
 def test_the_host_counts_and_frees_it():
@@ -143,7 +182,7 @@ def test_dead_weights_are_not_kept():
 
 
 FULL = """
-import gc, os, resource, runpy, sys, time
+import gc, os, runpy, sys, time
 from pathlib import Path
 root = Path(sys.argv[1])
 runpy.run_path(str(root / "devtools" / "run.py"))["register_pack"]()
@@ -163,7 +202,10 @@ with torch.inference_mode():
     tokens = model.encode(picture, tick=tick)
 assert tokens.shape == (1, 148, 768) and bool(torch.isfinite(tokens).all())
 # the high-water mark sees what happens between the ticks too; it has to lie above what was there before
-peak = max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) if sys.platform == "linux" else peak
+if sys.platform == "linux":
+    import resource
+
+    peak = max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print("growth", (peak - before) / 2**30)
 """
 

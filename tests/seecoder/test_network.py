@@ -157,10 +157,36 @@ def test_a_spot_smaller_than_a_cell_still_speaks():
     coverage = torch.zeros(2, 64, 64)
     coverage[0, 3, 60] = 1
     coverage[1, :32] = 1
-    bias = reading_biases(coverage, (2, 2))
+    bias = reading_biases(coverage, (2, 2), 32)
     assert bias.shape == (2, 1, 1, 4)
     assert torch.isfinite(bias[0, 0, 0]).tolist() == [False, True, False, False]
     assert torch.isfinite(bias[1, 0, 0]).tolist() == [True, True, False, False]
+
+
+def test_cells_of_the_mask_are_the_networks_cells():
+    """Regression: the picture was stretched over the grid, although cells have a fixed size and the last ones reach over the border."""
+    coverage = torch.zeros(1, 40, 333)
+    coverage[:, :, 304:] = 1
+    bias = reading_biases(coverage, (2, 11), 32)[0, 0, 0].view(2, 11)
+    # column 9 covers 288 to 319, half of it white; column 10 reaches from 320 to 351, 13 pixels of it inside
+    assert torch.isfinite(bias).tolist() == [[False] * 9 + [True, True]] * 2
+
+
+@torch.inference_mode()
+def test_fused_attention_gets_its_bias_in_the_features_own_format(monkeypatch):
+    """Regression: in half precision the shifted windows' bias was float32, which fused attention on CUDA refuses."""
+    import comfy.ldm.modules.attention as attention
+
+    fused, seen = attention.attention_pytorch, []
+
+    def watch(q, k, v, heads, mask=None, **kwargs):
+        seen.append(mask is None or mask.dtype == q.dtype)
+        return fused(q, k, v, heads, mask=mask, **kwargs)
+
+    monkeypatch.setattr(attention, "attention_pytorch", watch)
+    net = network(random_state(small(True))).half()
+    net(random_picture(100, 60).movedim(-1, 1).half(), torch.ones(1, 100, 60))
+    assert all(seen) and len(seen) > 20
 
 
 def test_every_step_is_counted():
