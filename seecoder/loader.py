@@ -18,7 +18,7 @@ from .sizes import LEVELS, PREFIX, Sizes, describe_other, read_sizes, without_pr
 log = logging.getLogger("palimpsest")
 
 PRECISIONS = ("auto", "fp32", "fp16")
-TENSORS_AT_ONCE = 40  # of a file that is copied
+TENSORS_AT_ONCE = 4  # of a file that is copied: up to 120 MB in the official ones
 # live values per pixel of the picture and channel of the first stage, with room to spare: what the host is asked to keep free
 VALUES_PER_PIXEL = 1.6
 
