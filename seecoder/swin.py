@@ -17,7 +17,7 @@ from .sizes import Sizes
 
 PATCH = 4
 APART = -100.0  # added to the logit of two tokens that only the cyclic shift has made neighbours
-TOKENS_AT_ONCE = 2**14  # bounds the memory of the widest activations, whatever the picture's size
+TOKENS_AT_ONCE = 2**12  # bounds the memory of the widest activations, whatever the picture's size
 
 
 def in_chunks(function, x: Tensor, limit: int) -> Tensor:
