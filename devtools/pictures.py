@@ -22,7 +22,6 @@ SHOWN = {
 # Nodes that no graph can show before these weights are shipped.
 WAITING = {
     "PalimpsestSeeCoderLoader": "seecoder", "PalimpsestSeeCoderEncode": "seecoder", "PalimpsestSeeCoderCompare": "seecoder",
-    "PalimpsestMiniControlNet": "controlnet", "PalimpsestMiniOutline": "controlnet",
 }
 # A graph on a checkpoint that nobody here has shows the pictures of its twin on the mini checkpoint.
 TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert"}

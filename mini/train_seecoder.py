@@ -20,7 +20,7 @@ from . import train_text_to_image as base
 from .autoencoder import SCALE, Autoencoder
 from .nets import CONTEXT, attention_for_training, initialise
 from .optim import Trainer
-from .scenes import BACKGROUNDS, COLORS, PATTERNS, PLACES, SHAPES, SIZES, STYLES, masks, render, sample_scene
+from .scenes import masks, render, sample_scene
 
 MINI = Sizes(embed=20, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), window=4, mlp=(40, 80, 160, 320), width=CONTEXT, decoder_hidden=CONTEXT, decoder_layers=2,
              queries=148, query_hidden=CONTEXT, query_layers=6, position=False)
@@ -28,8 +28,8 @@ BACKBONE_BATCH, BATCH, POOL = 64, 48, 16_000
 BACKBONE_RATE, RATE = 2e-3, 1e-3
 TRAIN_SEED = 4_000_000
 DROPOUT = 0.1
-OF_OBJECT = {"shape": SHAPES, "color": tuple(COLORS), "pattern": PATTERNS, "size": tuple(SIZES), "place": tuple(PLACES)}
-OF_SCENE = {"background": tuple(BACKGROUNDS), "style": STYLES}
+# a plain object has no second colour to read
+OF_OBJECT = {name: words for name, words in base.OF_OBJECT.items() if name != "color2"}
 CELLS = 16  # of the finest map
 
 
@@ -86,7 +86,7 @@ def draw(first_seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, dict[
     """(pictures uint8 [n, 3, 128, 128], share of each cell that each of two objects covers [n, 2, 16, 16], class numbers [n, 2] or [n])."""
     images = np.empty((count, 3, 128, 128), np.uint8)
     shares = torch.zeros(count, 2, CELLS, CELLS)
-    labels = {name: torch.zeros(count, 2, dtype=torch.long) for name in OF_OBJECT} | {name: torch.zeros(count, dtype=torch.long) for name in OF_SCENE}
+    labels = {name: torch.zeros(count, 2, dtype=torch.long) for name in OF_OBJECT} | {name: torch.zeros(count, dtype=torch.long) for name in base.OF_SCENE}
     for i in range(count):
         scene = sample_scene(first_seed + i)
         images[i] = (render(scene) * 255 + 0.5).transpose(2, 0, 1)
@@ -94,7 +94,7 @@ def draw(first_seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, dict[
         for name, words in OF_OBJECT.items():
             for j, obj in enumerate(scene.objects):
                 labels[name][i, j] = words.index(getattr(obj, name))
-        for name, words in OF_SCENE.items():
+        for name, words in base.OF_SCENE.items():
             labels[name][i] = words.index(getattr(scene, name))
     return torch.from_numpy(images), shares, labels
 
@@ -102,14 +102,14 @@ def draw(first_seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor, dict[
 def reading_loss(logits: torch.Tensor, shares: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
     """Loss of one map: is an object there, which attributes has it; background and style from every cell.
 
-    logits [B, h, w, classes]: one for "object", then those of OF_OBJECT and OF_SCENE in order. shares [B, 2, h, w].
+    logits [B, h, w, classes]: one for "object", then those of OF_OBJECT and base.OF_SCENE in order. shares [B, 2, h, w].
     """
     best, which = shares.max(1)
     there = best > 0.4
     loss = binary_cross_entropy_with_logits(logits[..., 0], (best > 0.4).float())
     rows = torch.arange(len(logits))[:, None, None].expand_as(which)
     start = 1
-    for name, words in (OF_OBJECT | OF_SCENE).items():
+    for name, words in (OF_OBJECT | base.OF_SCENE).items():
         mine = logits[..., start:start + len(words)]
         start += len(words)
         if name in OF_OBJECT:
@@ -124,7 +124,7 @@ def train_backbone(folder: Path, minutes: float, device: torch.device, seed: int
     """(state dict of the backbone alone, metadata). folder: where the state is kept. Raises KeyboardInterrupt, with the state saved."""
     torch.manual_seed(seed)
     images, shares, labels = draw(TRAIN_SEED, POOL)
-    classes = 1 + sum(len(words) for words in (OF_OBJECT | OF_SCENE).values())
+    classes = 1 + sum(len(words) for words in (OF_OBJECT | base.OF_SCENE).values())
     swin = new_seecoder().imencoder
     model = torch.nn.ModuleDict({"swin": swin, "heads": torch.nn.ModuleList(torch.nn.Linear(channels, classes) for channels in MINI.channels[1:])}).to(device)
     matrices = {name for name, p in model.named_parameters() if name.startswith("swin.layers.") and p.ndim == 2 and "table" not in name}

@@ -52,3 +52,15 @@ def random_picture(height: int, width: int, batch: int = 1, channels: int = 3, s
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative L2 error of a against b."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def empty_folders(monkeypatch, models_dir) -> None:
+    """Point the host at a models folder of the test's own, without our folders in the registry and without the shipped encoder."""
+    import folder_paths
+
+    from ...seecoder import files
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(models_dir))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {k: v for k, v in folder_paths.folder_names_and_paths.items() if k not in files.FOLDERS})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(files, "SHIPPED", {})

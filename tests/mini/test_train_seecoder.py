@@ -46,7 +46,7 @@ def test_labels_say_what_the_scenes_are():
     assert images.shape == (12, 3, 128, 128) and shares.shape == (12, 2, 16, 16)
     for i in range(12):
         scene = sample_scene(train_seecoder.TRAIN_SEED + i)
-        for name, words in train_seecoder.OF_SCENE.items():
+        for name, words in train_text_to_image.OF_SCENE.items():
             assert words[labels[name][i]] == getattr(scene, name)
         for j, obj in enumerate(scene.objects):
             assert all(words[labels[name][i, j]] == getattr(obj, name) for name, words in train_seecoder.OF_OBJECT.items())
@@ -59,7 +59,7 @@ def test_labels_say_what_the_scenes_are():
 def test_the_reading_loss_is_small_for_right_answers_only():
     _, shares, labels = train_seecoder.draw(train_seecoder.TRAIN_SEED, 6)
     best, which = shares.max(1)
-    tables = train_seecoder.OF_OBJECT | train_seecoder.OF_SCENE
+    tables = train_seecoder.OF_OBJECT | train_text_to_image.OF_SCENE
     parts = [torch.where(best > 0.4, 20.0, -20.0)[..., None]]
     rows = torch.arange(6)[:, None, None].expand_as(which)
     for name, words in tables.items():

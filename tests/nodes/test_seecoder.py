@@ -1,6 +1,5 @@
 """The SeeCoder nodes: schema, wiring, and the host's sampler with what they give."""
 
-import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,7 +8,7 @@ from palimpsest.nodes.seecoder import SeeCoderCompare, SeeCoderEncode, SeeCoderL
 from palimpsest.seecoder import files, loader
 from palimpsest.tests.helpers.models import controlled, tiny_cond, tiny_controlnet, tiny_sd15, tiny_sdxl
 from palimpsest.tests.helpers.sampling import ksampler
-from palimpsest.tests.helpers.seecoder import random_picture, random_state, relative, small
+from palimpsest.tests.helpers.seecoder import empty_folders, random_picture, random_state, relative, small
 
 WIDE = small(width=768, decoder_layers=1, query_layers=3, decoder_hidden=64, query_hidden=64)
 
@@ -49,10 +48,7 @@ def test_ids_and_order_of_inputs_are_for_ever():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {k: v for k, v in folder_paths.folder_names_and_paths.items() if k not in files.FOLDERS})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(files, "SHIPPED", {})
+    empty_folders(monkeypatch, tmp_path)
     (tmp_path / "seecoder").mkdir()
     return tmp_path / "seecoder"
 

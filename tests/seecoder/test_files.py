@@ -4,15 +4,13 @@ import folder_paths
 import pytest
 
 from palimpsest.seecoder import files
+from palimpsest.tests.helpers.seecoder import empty_folders
 
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """An empty models folder, and a registry without our names."""
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {k: v for k, v in folder_paths.folder_names_and_paths.items() if k not in files.FOLDERS})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(files, "SHIPPED", {})
+    empty_folders(monkeypatch, tmp_path)
     monkeypatch.setattr(files, "EMBEDDING_BYTES", 3)
     return tmp_path
 
