@@ -139,7 +139,7 @@ def test_scribbles_inside_an_outline_hide_neither_its_shape_nor_its_color(shape)
     image = painted(distance - 5, (*[(0.95, 0.95, 0.95)] * 4, (0.1, 0.6, 0.2), (0.9, 0.5, 0.1)), cell=3)
     line = (coverage(distance) - coverage(distance - 4))[..., None]
     only = reader.read((image * (1 - line) + line * np.array(BLUE)).astype(np.float32)).objects[0]
-    assert (only.shape, only.color, only.pattern) == (shape, "blue", None)
+    assert (only.shape, only.color) == (shape, "blue")
 
 
 def test_many_colors_have_no_name():
