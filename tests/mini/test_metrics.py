@@ -79,7 +79,8 @@ def test_captions_bind_attributes_to_objects(reading, scene):
     assert not all(metrics.against_caption(reading, swapped, {})["color"]) or first["color"] == second["color"]
 
 
-@pytest.mark.parametrize("pattern, style, either", [("striped", "flat", True), ("checked", "flat", True), (None, "flat", True), ("dotted", "flat", False), ("striped", "outline", False)])
+@pytest.mark.parametrize("pattern, style, either", [
+    ("striped", "flat", True), ("checked", "flat", True), (None, "flat", True), ("dotted", "flat", False), ("striped", "outline", False)])
 def test_half_and_half_patterns_name_their_colors_in_either_order(reading, pattern, style, either):
     """Filled stripes and checks cover half of an object; dots and an outline's marks do not."""
     only = replace(reading.objects[0], color="red", color2="blue", pattern=pattern)
