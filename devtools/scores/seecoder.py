@@ -2,7 +2,7 @@
 
 seecoder.shape_and_colour: fraction of held-out references with one object whose drawing has one object of the same shape and
 colour. seecoder.details: per attribute; place by chance is one in nine. seecoder.two_objects: the same for references with two,
-every object's shape and colour. cfg 2, ddim, ddim_uniform, 30 steps, no words, the negative zeros.
+every object's shape and colour. Of filled even marks either colour counts, as for text_to_image. cfg 2, ddim, ddim_uniform, 30 steps, no words, the negative zeros.
 """
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections import defaultdict
 
 import torch
 
-from ...mini.metrics import against_scene
-from ...mini.reader import read
-from ...mini.scenes import sample_scene
+from ...mini.metrics import against_scene, match_objects, shows
+from ...mini.reader import Reading, read
+from ...mini.scenes import Scene, sample_scene
 from ...seecoder import encode, files, loader
 from ..scoring import HELD_OUT, Mini, batches, pictures, rate, span
 
@@ -39,8 +39,14 @@ def results(mini: Mini, model: loader.SeeCoderModel, objects: int, first: int, c
         scenes = [sample_scene(seed, objects) for seed in seeds]
         positive, negative = conditioning(model, pictures(scenes))
         samples = mini.sample(mini.model, positive, torch.zeros(len(seeds), 4, 16, 16), seeds, steps=STEPS, cfg=CFG, scheduler="ddim_uniform", negative=negative, sampler="ddim")
-        out += [against_scene(read(image), scene) for image, scene in zip(mini.decode(samples), scenes)]
+        out += [judged(read(image), scene) for image, scene in zip(mini.decode(samples), scenes)]
     return out
+
+
+def judged(reading: Reading, scene: Scene) -> dict[str, list[bool]]:
+    """`against_scene` with colours as `shows` takes them."""
+    pairs = zip(match_objects(reading, scene), scene.objects)
+    return {**against_scene(reading, scene), "color": [shows(read, "color", obj.color, reading.style) for read, obj in pairs]}
 
 
 def right(row: dict[str, list[bool]]) -> bool:

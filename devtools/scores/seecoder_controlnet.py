@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ...mini import checkpoint
-from ...mini.metrics import match_objects, object_iou
+from ...mini.metrics import match_objects, object_iou, shows
 from ...mini.reader import read
 from ...mini.scenes import masks, outline, sample_scene
 from ..scoring import HELD_OUT, Mini, batches, pictures, rate, span
@@ -36,6 +36,6 @@ def score(quick: bool) -> dict:
             found = match_objects(reading, shape)[0]
             there = len(reading.objects) == 1 and found is not None and object_iou(reading, shape) > OVERLAP
             layout.append(there and (found.place, found.size) == (shape.objects[0].place, shape.objects[0].size))
-            colour.append(found is not None and found.color == content.objects[0].color)
+            colour.append(shows(found, "color", content.objects[0].color, reading.style))
     seeds = span(HELD_OUT, count)
     return {"seecoder_controlnet": {"both": rate([a and b for a, b in zip(layout, colour)], seeds), "layout": rate(layout, seeds), "colour": rate(colour, seeds)}}
