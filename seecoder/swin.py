@@ -88,16 +88,22 @@ class Block(nn.Module):
         height, width = x.shape[1:3]
         w = self.window
         rows, columns = -(-height // w), -(-width // w)
-        # where the map's lines are in the padded and shifted one
-        down, across = ((torch.arange(n, device=x.device) - self.shift) % (count * w) for n, count in ((height, rows), (width, columns)))
-        qkv = self.attn.qkv(x.new_zeros(1, x.shape[-1])).expand(x.shape[0], rows * w, columns * w, -1).contiguous()
-        strips = [slice(start, start + max(1, TOKENS_AT_ONCE // width)) for start in range(0, height, max(1, TOKENS_AT_ONCE // width))]
-        for strip in strips:
-            qkv[:, down[strip, None], across] = self.attn.qkv(self.norm1(x[:, strip]))
+        # where the map's lines are in the padded and shifted one, and behind them those of the padding
+        down, across = ((torch.arange(count * w, device=x.device) - self.shift) % (count * w) for count in (rows, columns))
+        nothing = self.attn.qkv(x.new_zeros(1, x.shape[-1]))
+        qkv = x.new_empty(x.shape[0], rows * w, columns * w, nothing.shape[-1])
+        qkv[:, down[height:]] = nothing
+        qkv[:, :, across[width:]] = nothing
+        at_once = max(1, TOKENS_AT_ONCE // width)
+        strips = [slice(start, min(start + at_once, height)) for start in range(0, height, at_once)]
+        places = [(slice(None), down[strip, None], across[:width]) for strip in strips]
+        for strip, place in zip(strips, places):
+            qkv[place] = self.attn.qkv(self.norm1(x[:, strip]))
         mixed = self._attend(qkv.unflatten(2, (columns, w)).unflatten(1, (rows, w)).transpose(2, 3))
-        mixed = mixed.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         del qkv
-        x = torch.cat([x[:, strip] + self.attn.proj(mixed[:, down[strip, None], across]) for strip in strips], 1)
+        mixed = mixed.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        parts = [self.attn.proj(mixed[place]).add_(x[:, strip]) for strip, place in zip(strips, places)]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return x + in_chunks(lambda part: self.mlp(self.norm2(part)), x.flatten(0, 2), TOKENS_AT_ONCE).view_as(x)
 
     def _attend(self, windows: Tensor) -> Tensor:
