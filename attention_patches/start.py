@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import host
 
-SAME_SIGMA = 1e-4  # relative; the host's and other packages' schedules agree to about 1e-6
 SAME_LATENT = 1e-4  # of the largest value; a LATENT on the wire went through the latent scale factor and back
 NEAR_STEP = 0.84  # of the trajectory's first step, see `near_top`
 
@@ -31,7 +30,7 @@ def near_top(run: Tensor, sigmas: Tensor, timestep) -> bool:
     # a run of more steps has shorter ones, or 50 steps with denoise 0.95 would pass for a whole run of 20
     shorter = min(1.0, steps / (len(run) - 1))
     below = min(NEAR_STEP, (steps - 1) / steps - 0.01) * shorter
-    return abs(float(run[0] / sigmas[-1]) - 1) <= SAME_SIGMA or -below * (top - second) <= at - top <= (top - second)
+    return abs(float(run[0] / sigmas[-1]) - 1) <= host.SAME_SIGMA or -below * (top - second) <= at - top <= (top - second)
 
 
 def find_level(trajectory, latents: Tensor) -> int | None:
@@ -84,7 +83,7 @@ def prepare_start(patcher, sources: list, noise: Tensor, latent_image: Tensor, s
 def _from_level(patcher, trajectory, level, model_sampling, noise, latent_image, sampler, sigmas, denoise_mask):
     first, stored = float(sigmas[0]), float(trajectory.sigmas[level])
     start = trajectory.latents[level]
-    if abs(first / stored - 1) > SAME_SIGMA:
+    if abs(first / stored - 1) > host.SAME_SIGMA:
         whole = level == len(trajectory.sigmas) - 1 and near_top(sigmas, trajectory.sigmas, model_sampling.timestep)
         if not whole:
             raise ValueError(
