@@ -202,10 +202,10 @@ def _blocks_of(item: Item, layers: UNetLayers, what: str) -> list[tuple[str, int
     return [known[number] for number in wanted]
 
 
-def attention_points(text: str, layers: UNetLayers, what: str = "attention layers", kind: str = "attn1") -> frozenset[Point]:
+def attention_points(text: str, layers: UNetLayers, what: str = "attention layers", kind: str = "attn1", presets: dict = ATTENTION_PRESETS) -> frozenset[Point]:
     """Attention points of a kind that `text` (notation or preset) selects. Raises ValueError, one sentence."""
     points = set()
-    for item in parse_blocks(_expand_preset(text, ATTENTION_PRESETS, layers.architecture, what), what):
+    for item in parse_blocks(_expand_preset(text, presets, layers.architecture, what), what):
         for block in _blocks_of(item, layers, what):
             depth = layers.attention.get(block)
             if depth is None:

@@ -132,7 +132,7 @@ class P2PLocalBlend(io.ComfyNode):
             display_name="P2P Local Blend",
             category="Palimpsest/attention",
             description=(
-                "Limits the edit of a P2P Controller to where its words are in the picture; everything else is the source's, bit for bit of the latent. "
+                "Limits the edit of a P2P Controller to where its words are in the picture; everything else stays the source's. "
                 "Samplers euler and ddim."
             ),
             inputs=[
