@@ -98,10 +98,11 @@ def apply_p2p(model, clip, source_prompt: str, edit_prompt: str, settings: Setti
         if not 0.0 <= start <= end <= 1.0:
             raise ValueError(f"The {name} window goes from {start:g} to {end:g}, but it needs two fractions of the run between 0 and 1, the start first.")
     prompts = split_prompts(edit_prompt)
-    source_tokens = read_tokens(clip, source_prompt)
+    source_tokens, targets = read_tokens(clip, source_prompt), [read_tokens(clip, prompt) for prompt in prompts]
     words, weights = parse_windows(settings.words), parse_weights(settings.weights)
     plans = tuple(
-        make_plan(source_tokens, read_tokens(clip, prompt), settings.mode, settings.tail, settings.cross, words, weights, settings.self_window) for prompt in prompts
+        make_plan(source_tokens, target, settings.mode, settings.tail, settings.cross, _of(words, target, targets), _of(weights, target, targets), settings.self_window)
+        for target in targets
     )
     positive = encode(clip, prompts)
     source = encode(clip, [source_prompt]) if source_conditioning is None else source_conditioning
@@ -127,6 +128,11 @@ def apply_p2p(model, clip, source_prompt: str, edit_prompt: str, settings: Setti
     )
     report.append(_installed(edit, layers, trajectory, source))
     return Controlled(add_edits(model, edit), marked, source, "\n\n".join(report), plans)
+
+
+def _of(values: dict, target, targets: list) -> dict:
+    """The entries whose words this prompt has, where several prompts share the widgets; a word that no prompt has stays, to be refused."""
+    return {word: value for word, value in values.items() if target.positions(word) or not any(other.positions(word) for other in targets)}
 
 
 def _installed(edit: P2PEdit, layers, trajectory, source: list) -> str:
