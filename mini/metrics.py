@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from .reader import ReadObject, Reading
@@ -85,6 +86,30 @@ def structure_kept(reading: Reading, source: Scene) -> bool:
     """Whether every object's shape, place and size are as in the source and no object came or went."""
     return len(reading.objects) == len(source.objects) and all(
         holds(read, attribute, getattr(o, attribute)) for read, o in zip(match_objects(reading, source), source.objects) for attribute in STRUCTURE)
+
+
+def others_kept(reading: Reading, source: Reading, attribute: str, index: int = 0) -> bool:
+    """Whether everything but one attribute (of object `index`, or of the scene) is read as in the source, and no object came or went.
+
+    A second colour belongs to its pattern, so an edit of the pattern may change it.
+    """
+    if len(reading.objects) != len(source.objects):
+        return False
+    free = {attribute, "color2"} if attribute == "pattern" else {attribute}
+    for number, (read, before) in enumerate(zip(match_objects(reading, source), source.objects)):
+        own = free if number == index and attribute in OBJECT_ATTRIBUTES else set()
+        if read is None or any(getattr(read, name) != getattr(before, name) for name in OBJECT_ATTRIBUTES if name not in own):
+            return False
+    return all(getattr(reading, name) == getattr(source, name) for name in ("background", "style") if name != attribute)
+
+
+def background_psnr(picture: np.ndarray, source: np.ndarray, reading: Reading, before: Reading) -> float:
+    """PSNR in dB (peak 1) between two pictures [H, W, 3] outside all objects that either shows, with 2 pixels of their rims left out."""
+    shown = np.zeros(picture.shape[:2], bool)
+    for read in (*reading.objects, *before.objects):
+        shown |= ndimage.binary_dilation(read.mask, iterations=2)
+    error = float(((picture - source)[~shown] ** 2).mean()) if not shown.all() else 0.0
+    return -10.0 * math.log10(max(error, 1e-10))
 
 
 def object_iou(reading: Reading, source: Scene) -> float:
