@@ -6,6 +6,8 @@ call of four, every attention map made, edited after the softmax and multiplied 
 
 from __future__ import annotations
 
+import math
+
 import comfy.patcher_extension as extension
 import torch
 
@@ -14,14 +16,13 @@ from ..attention_patches.blocks import unet_layers
 from ..attention_patches.pnp import BRANCH
 from ..attention_patches.reference_pass import add_edit
 from ..attention_patches.source import Source
-from ..p2p.edit import P2PEdit
+from ..p2p.edit import P2PEdit, small_self_points
 from ..p2p.plan import make_plan
 from ..p2p.tokens import read_tokens
 from ..tests.helpers.prompts import WordClip
 from ._variants import Stop
 
 SOURCE, TARGET = "a photo of a cat on a red sofa", "a photo of a fluffy cat on a red sofa with a hat"
-LARGEST_SELF = 256  # tokens; the published limit
 
 
 def plan():
@@ -76,6 +77,7 @@ class Variants:
         """Four rows in one call: without and with text, source before edit; the call of two is replaced by its rows of the edit."""
         trajectory, mapping, kept = self.run.trajectory, *self.plan.step(0, 50)
         layers, entry = unet_layers(self.run.model), []
+        largest = math.prod(small_self_points(layers, (self.run.setting.size,) * 2, 0.25)[1])
 
         def maps(q, k, heads):
             q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
@@ -85,7 +87,7 @@ class Variants:
             found, source, edit = maps(q, k, options["n_heads"]), rows["source"], rows["edit"]
             if cross:
                 found[edit] = found[source] @ mapping.to(found) + found[edit] * kept.to(found)
-            elif found.shape[-1] <= LARGEST_SELF:
+            elif found.shape[-1] <= largest:
                 found[edit] = found[source]
             return (found @ v.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
 
