@@ -117,8 +117,9 @@ class P2PController(io.ComfyNode):
         found = apply_p2p(model, clip, source_prompt, edit_prompt, settings, trajectory=trajectory, source_conditioning=source, bank_device=bank_device)
         pictures = [draw(plan) for plan in found.plans]
         height, width = (max(picture.shape[side] for picture in pictures) for side in (1, 2))
-        padded = [torch.nn.functional.pad(picture, (0, 0, 0, width - picture.shape[2], 0, height - picture.shape[1]), value=1.0) for picture in pictures]
-        alignment = torch.cat(padded)
+        # pictures of one batch are of one size; the ground goes on below the shorter ones
+        ground = float(pictures[0][0, 0, 0, 0])
+        alignment = torch.cat([torch.nn.functional.pad(picture, (0, 0, 0, width - picture.shape[2], 0, height - picture.shape[1]), value=ground) for picture in pictures])
         # apply_p2p has checked that the model is the trajectory's
         start = ExecutionBlocker(NO_START) if trajectory is None else start_latent(trajectory, model, check=False)
         return io.NodeOutput(found.model, found.positive, found.source, start, found.report, alignment, ui=show(cls, found.report, alignment))

@@ -19,9 +19,10 @@ class WordClip:
 
     def __init__(self, width: int = 768, pooled: int | None = None, seed: int = 0):
         self.width, self.pooled, self.seed = width, pooled, seed
+        self.tokenizer = _tokenizer()
 
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs):
-        return _tokenizer().tokenize_with_weights(text, return_word_ids)
+        return self.tokenizer.tokenize_with_weights(text, return_word_ids)
 
     def _vector(self, token: int, position: int) -> torch.Tensor:
         token_part = torch.randn(self.width, generator=torch.Generator().manual_seed(1_000_003 * self.seed + token))
