@@ -83,7 +83,7 @@ class LocalBlend(Edit):
             raise ValueError(f"P2P Local Blend needs a sampler of first order, but the sampler is {sampler_name(sampler)}: choose euler or ddim, or remove the blend.")
 
     def for_run(self, info: RunInfo) -> "LocalBlendRun":
-        p2p = self.edit.for_run(info)
+        p2p = self.edit.bound(info)
         halvings = map_halvings(info.latent_shape[-2:])
         maps = frozenset(point for point in p2p.crosses if self.edit.layers.halvings[(point.part, point.number)] == halvings)
         if self.user_mask is not None:

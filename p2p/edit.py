@@ -85,9 +85,15 @@ class P2PEdit(Edit):
                 )
 
     def for_run(self, info: RunInfo) -> "P2PRun":
+        run = self.bound(info)
+        limit = small_self_points(self.layers, info.latent_shape[-2:], self.self_share)[1]
+        host.log.info("Palimpsest: P2P edits %d cross-attentions and the %d self-attentions of maps up to %d x %d.", len(run.crosses), len(run.small), *limit)
+        return run
+
+    def bound(self, info: RunInfo) -> "P2PRun":
+        """The edit with a run's noise levels and latent size."""
         levels = info.sigmas.detach().cpu() if self.schedule is None else self.schedule.flip(0)
-        small, limit = small_self_points(self.layers, info.latent_shape[-2:], self.self_share)
-        host.log.info("Palimpsest: P2P edits %d cross-attentions and the %d self-attentions of maps up to %d x %d.", len(self.layers.points("attn2")), len(small), *limit)
+        small, _ = small_self_points(self.layers, info.latent_shape[-2:], self.self_share)
         return P2PRun(source=self.source, bank_device=self.bank_device, edit=self, levels=levels, small=small, crosses=self.layers.points("attn2"))
 
 
