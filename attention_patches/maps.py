@@ -118,6 +118,7 @@ def principal_components(features: Tensor, count: int = 3) -> Tensor:
     if found.shape[-1] < count:
         found = torch.nn.functional.pad(found, (0, count - found.shape[-1]))
     low, high = found.amin(0), found.amax(0)
-    flat = high - low <= 1e-9 * values.clamp(min=0).max().sqrt().clamp(min=1e-12)
+    # float32 features carry rounding of about 1e-7
+    flat = high - low <= 1e-5 * values.clamp(min=0).max().sqrt().clamp(min=1e-12)
     scaled = torch.where(flat, torch.full_like(found, 0.5), (found - low) / torch.where(flat, torch.ones_like(low), high - low))
     return scaled.float().unflatten(0, (features.shape[0], *features.shape[-2:]))
