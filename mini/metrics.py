@@ -102,16 +102,18 @@ def structure_kept(reading: Reading, source: Scene) -> bool:
 def others_kept(reading: Reading, source: Reading, attribute: str, index: int = 0) -> bool:
     """Whether everything but one attribute (of object `index`, or of the scene) is read as in the source, and no object came or went.
 
-    A second colour belongs to its pattern, so an edit of the pattern may change it.
+    What could not be read in the source is not judged. A second color belongs to its pattern, so an edit of the pattern may change it;
+    of filled even marks (see `shows`) either color comes first.
     """
-    if len(reading.objects) != len(source.objects):
+    if len(reading.objects) != len(source.objects) or any(getattr(reading, name) != getattr(source, name) for name in ("background", "style") if name != attribute):
         return False
     free = {attribute, "color2"} if attribute == "pattern" else {attribute}
     for number, (read, before) in enumerate(zip(match_objects(reading, source), source.objects)):
         own = free if number == index and attribute in OBJECT_ATTRIBUTES else set()
-        if read is None or any(getattr(read, name) != getattr(before, name) for name in OBJECT_ATTRIBUTES if name not in own):
+        judged = [name for name in OBJECT_ATTRIBUTES if name not in own and getattr(before, name) is not None]
+        if any(not shows(read, name, getattr(before, name), reading.style) for name in judged):
             return False
-    return all(getattr(reading, name) == getattr(source, name) for name in ("background", "style") if name != attribute)
+    return True
 
 
 def background_psnr(picture: np.ndarray, source: np.ndarray, reading: Reading, before: Reading) -> float:

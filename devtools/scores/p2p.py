@@ -1,10 +1,11 @@
 """Prompt-to-Prompt edits: is what was asked for there, is everything else kept, and how much of the background moved?
 
 100 edits, 25 each of swap color, swap shape, swap background and add style, once with generated sources (the source prompt's picture
-of the same seed) and once with inverted ones (drawn scenes). Prompts name the edited attribute and every other with probability 0.7;
-for a style none is named in the source. Seeds whose generated source does not show its own caption's objects are passed over (.skipped).
+of the same seed) and once with inverted ones (drawn scenes). Prompts name every attribute; for a style none is named in the source. Swaps of
+color and shape carry a local blend by the swapped words. Seeds whose generated source does not show its own caption's objects are passed
+over (.skipped).
 
-p2p.{generated,inverted}.edit_success: the edited attribute has its new value. .kept: all others are read as in the source picture.
+p2p.{generated,inverted}.edit_success: the edited attribute has its new value. .kept: all others that can be read in the source picture are read the same.
 .background_psnr_db: outside the objects, swaps of color and shape only. .background_psnr_gain_db: mean gain over .same_seed, which is the
 edit prompt alone from the same noise. .img2img: the stock KSampler on the source picture. p2p.reweight_monotonic: the weight of a color
 word at 0.5, 1 and 2 moves the object's color towards that color in this order.
@@ -25,14 +26,32 @@ from ...mini.metrics import background_psnr, edit_success, match_named, others_k
 from ...mini.reader import Reading, read
 from ...mini.scenes import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, edited, sample_scene
 from ...p2p.apply import Settings, apply_p2p
+from ...p2p.local import add_blend
 from ..scoring import HELD_OUT, Mini, mean, pictures, rate
 
 QUICK_LIMITS = {"p2p.generated.edit_success": 0.3, "p2p.generated.kept": 0.2}
 KINDS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "style": STYLES}
 PER_KIND, APART, OFFSET = 25, 10_000, 200_000  # seeds of two kinds, and of this and other scores, never meet
 STEPS, SCHEDULER, CFG, DENOISE = 25, "ddim_uniform", 4.0, 0.6
-SETTINGS = {kind: Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4)) for kind in KINDS}
+START, POOL = 0.2, False
 WEIGHTS = (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a kind of edit is made. blend: threshold of a local blend by the swapped words, None for no blend."""
+
+    settings: Settings
+    blend: float | None = None
+
+
+# found by `tune` on validation seeds, once for both kinds of sources
+RECIPES = {
+    "color": Recipe(Settings(cross=(0.0, 0.6), self_window=(0.0, 0.8), self_share=1.0), 0.6),
+    "shape": Recipe(Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4)), 0.5),
+    "background": Recipe(Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4))),
+    "style": Recipe(Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4))),
+}
 
 
 @dataclass(frozen=True)
@@ -94,15 +113,29 @@ def case(kind: str, seed: int, scene: Scene | None = None, style: str | None = N
     if kind == "style":
         value = next(word for word in STYLES if word != (style or scene.style))
         target = edited(scene, kind, value, index, seed)
-        text, named, whole = caption(scene, seed)
+        text, named, whole = caption(scene, seed, 1.0)
         if "style" in whole:
             text = text[: text.rindex(", ")]
         return Case(seed, scene, target, kind, index, text, f"{text}, {STYLE_WORDS[value][0]}", named)
     old = getattr(scene if kind == "background" else obj, kind)
     value = rng.choice([word for word in KINDS[kind] if word not in (old, obj.color2 if kind == "color" else old)])
     target = edited(scene, kind, value, index, seed)
-    text, named, _ = caption(scene, seed, always=(kind,))
-    return Case(seed, scene, target, kind, index, text, caption(target, seed, always=(kind,))[0], named)
+    text, named, _ = caption(scene, seed, 1.0)
+    return Case(seed, scene, target, kind, index, text, caption(target, seed, 1.0)[0], named)
+
+
+def swapped(found: Case) -> tuple[str, str]:
+    """(words of the edit prompt that are new, words of the source prompt that they replace), separated by commas."""
+    pairs = [pair for pair in zip(found.prompt.replace(",", "").split(), found.source.replace(",", "").split()) if pair[0] != pair[1] and "a" not in pair]
+    return ", ".join(new for new, _ in pairs), ", ".join(old for _, old in pairs)
+
+
+def edit_model(mini: Mini, found: Case, recipe: Recipe, trajectory=None) -> tuple[object, list]:
+    """(MODEL, positive CONDITIONING) of a case's edit."""
+    edit = apply_p2p(mini.model, mini.clip, found.source, found.prompt, recipe.settings, trajectory=trajectory)
+    if recipe.blend is None:
+        return edit.model, edit.positive
+    return add_blend(edit.model, *swapped(found), "", (recipe.blend, recipe.blend), START, POOL)[0], edit.positive
 
 
 def run(mini: Mini, model, positive: list, latent: torch.Tensor, seed: int | None, denoise: float = 1.0) -> torch.Tensor:
@@ -119,9 +152,9 @@ def generated(mini: Mini, kind: str, seed: int, results: dict[str, Figures]) -> 
     shown = match_named(source, found.named)
     if len(source.objects) != len(found.named) or any(getattr(seen, name) != value for seen, wanted in zip(shown, found.named) for name, value in wanted.items()):
         return False
-    edit = apply_p2p(mini.model, mini.clip, found.source, found.prompt, SETTINGS[kind])
+    model, positive = edit_model(mini, found, RECIPES[kind])
     _judge(mini, results, found, before, source, {
-        "p2p": run(mini, edit.model, edit.positive, empty, seed),
+        "p2p": run(mini, model, positive, empty, seed),
         "same_seed": run(mini, mini.model, mini.prompts([found.prompt]), empty, seed),
         "img2img": run(mini, mini.model, mini.prompts([found.prompt]), mini.encode(before)["samples"], seed, DENOISE),
     })
@@ -137,10 +170,10 @@ def inverted(mini: Mini, kind: str, seed: int, results: dict[str, Figures]) -> b
     source = read(before[0])
     if len(source.objects) != len(found.scene.objects):
         return False
-    edit = apply_p2p(mini.model, mini.clip, found.source, found.prompt, SETTINGS[kind], trajectory=trajectory)
+    model, positive = edit_model(mini, found, RECIPES[kind], trajectory)
     start, prompt = start_latent(trajectory, mini.model)["samples"], mini.prompts([found.prompt])
     _judge(mini, results, found, before, source, {
-        "p2p": run(mini, edit.model, edit.positive, start, None),
+        "p2p": run(mini, model, positive, start, None),
         "same_seed": run(mini, mini.model, prompt, start, None),
         "img2img": run(mini, mini.model, prompt, latent["samples"], seed, DENOISE),
     })
