@@ -18,13 +18,14 @@ SHOWN = {
     "PalimpsestSaveTrajectory": ("mini-trajectory-save", 1, ("input", "film strip")),
     "PalimpsestLoadTrajectory": ("mini-trajectory-load", 1, ("input", "edit")),
     "PalimpsestPnPInjector": ("mini-pnp-background", 1, ("input", "edit")),
-}
-# Nodes that no graph can show before these weights are shipped.
-WAITING = {
-    "PalimpsestSeeCoderLoader": "seecoder", "PalimpsestSeeCoderEncode": "seecoder", "PalimpsestSeeCoderCompare": "seecoder",
+    "PalimpsestSeeCoderLoader": ("mini-seecoder", 1, ("input", "edit")),
+    "PalimpsestSeeCoderEncode": ("mini-seecoder", 1, ("input", "edit")),
+    "PalimpsestSeeCoderCompare": ("mini-seecoder", 1, ("comparison",)),
+    "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("layout", "edit")),
+    "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
 }
 # A graph on a checkpoint that nobody here has shows the pictures of its twin on the mini checkpoint.
-TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert"}
+TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert", "seecoder-sd15": "mini-seecoder", "seecoder_controlnet-sd15": "mini-seecoder-controlnet"}
 CELL, GAP, QUALITY = 256, 8, 88
 THUMBNAIL = 400
 

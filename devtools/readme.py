@@ -5,6 +5,7 @@ from . import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+FOLDED = {"details", "by_edit", "sweep", "rendered", "autoencoded"}  # groups of figures that readers open if they want them
 NONE_YET = "*(no figures committed yet)*"
 
 
@@ -18,9 +19,16 @@ def shown(leaf: dict) -> str:
 
 
 def table(found: dict) -> str:
-    """All figures as a Markdown table; rates are fractions 0..1."""
-    rows = [f"| `{name}` | {shown(leaf)} | {leaf['n']} |" for name, leaf in figures.leaves(found)]
-    return "\n".join(["| figure | value (95 % interval) | n |", "| --- | --- | --- |", *rows]) if rows else NONE_YET
+    """All figures as Markdown tables, the main ones first and the others folded; rates are fractions 0..1."""
+    main, folded = [], []
+    for name, leaf in figures.leaves(found):
+        (folded if FOLDED & set(name.split(".")) else main).append(f"| `{name}` | {shown(leaf)} | {leaf['n']} |")
+    head = ["| figure | value (95 % interval) | n |", "| --- | --- | --- |"]
+    parts = ["\n".join([*head, *main])] if main else [] if folded else [NONE_YET]
+    if folded:
+        # the blank lines are Markdown's, inside of HTML
+        parts.append("\n".join([f"<details><summary>{len(folded)} figures in detail</summary>", "", *head, *folded, "", "</details>"]))
+    return "\n\n".join(parts)
 
 
 def tables() -> dict[str, str]:
