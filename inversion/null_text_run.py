@@ -55,8 +55,8 @@ def check_settings(settings: Settings) -> None:
     """Raises ValueError, one sentence, for settings that cannot be used."""
     if not math.isfinite(settings.guidance) or math.isclose(settings.guidance, 1.0):
         raise ValueError(
-            f"Null-text optimisation corrects guided sampling, but guidance is {settings.guidance:g}, where the negative prompt has no part: set it to the cfg of the "
-            "later sampler (7.5 is usual)."
+            f"Null-text optimisation corrects guided sampling, but guidance is {settings.guidance:g}, where the negative prompt has no part: "
+            "set it to the cfg of the later sampler (7.5 is usual)."
         )
     if settings.inner_steps < 1:
         raise ValueError(f"Null-text optimisation needs at least 1 inner step, but inner_steps is {settings.inner_steps}: 10 is usual.")
@@ -75,7 +75,10 @@ def check_prompts(positive: list, negative: list, rows: int, what: str) -> None:
         for _, options in conditioning:
             for key, meaning in REFUSED.items():
                 if options.get(key) is not None:
-                    raise ValueError(f"The {name} conditioning carries {meaning}, but null-text optimisation takes a prompt for the whole picture alone: connect one without.")
+                    raise ValueError(
+                        f"The {name} conditioning carries {meaning}, but null-text optimisation takes a prompt for the whole picture alone: "
+                        "connect one without."
+                    )
     if any(options.get("control") is not None and options.get("control_apply_to_uncond", False) for _, options in positive):
         raise ValueError(
             f"The ControlNet of the {what} conditioning acts on the negative prompt as well, and no gradient passes through it: "

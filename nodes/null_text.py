@@ -36,7 +36,7 @@ class NullTextOptimize(io.ComfyNode):
                     max=30.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="cfg of the sampler that will use the result, no unit; the result is good for this value only. 5 to 10 is usual, 7.5 is published; 1 is refused.",
+                    tooltip="cfg of the sampler that will use the result, no unit; it is good for this value only. 5 to 10 is usual, 7.5 is published; 1 is refused.",
                 ),
                 io.Int.Input(
                     "inner_steps",
@@ -44,7 +44,7 @@ class NullTextOptimize(io.ComfyNode):
                     min=1,
                     max=100,
                     step=1,
-                    tooltip="Trainings per step at most, 1 to 100. Each costs about three model calls. 10 is published; 3 to 5 already repair most.",
+                    tooltip="Trainings per step at most, 1 to 100. Each costs about three model calls. 10 is published; fewer are quicker and repair less.",
                 ),
                 io.Float.Input(
                     "early_stop",
@@ -63,7 +63,8 @@ class NullTextOptimize(io.ComfyNode):
                     max=1.0,
                     step=0.0001,
                     round=False,
-                    tooltip="Adam's step at the first step, falling by 1 % of itself per step, to no less than a hundredth. 0.01 is published; 0.001 to 0.05 is safe.",
+                    tooltip="Adam's step size at the first step, falling by 1 % of itself per step, to no less than a hundredth. 0.01 is published; "
+                    "0.001 to 0.05 is a safe range, larger ones overshoot.",
                 ),
                 io.Combo.Input(
                     "checkpointing",
@@ -90,7 +91,10 @@ class NullTextOptimize(io.ComfyNode):
         result = run_null_text(model, trajectory, negative, positive, settings, say=lambda text: say(cls, text))
         report, picture = describe(result), plot(result)
         # run_null_text has checked that the model is the trajectory's
-        return io.NodeOutput(result.conditioning, start_latent(trajectory, model, check=False), report, picture, ui=show(cls, report, picture))
+        latent = start_latent(trajectory, model, check=False)
+        # outside a mask the host keeps the sampler's latent, and that is noise here
+        latent.pop("noise_mask", None)
+        return io.NodeOutput(result.conditioning, latent, report, picture, ui=show(cls, report, picture))
 
 
 NODES = [NullTextOptimize]

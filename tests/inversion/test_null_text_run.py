@@ -219,7 +219,12 @@ def test_auto_tries_again_when_memory_runs_out(model, path, monkeypatch):
 def test_the_host_is_asked_for_room(model, path, monkeypatch):
     asked = []
     real = comfy.model_management.load_models_gpu
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, memory_required=0, **rest: asked.append((memory_required, rest)) or real(models, **rest))
+
+    def load(models, memory_required=0, **rest):
+        asked.append((memory_required, rest))
+        return real(models, memory_required=memory_required, **rest)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
     optimised(model, path, dataclasses.replace(QUICK, inner_steps=1))
     needed = null_text_run.memory_needed(model, "SD1.x", (1, 4, 8, 8), False)
     assert asked[0][0] >= needed and asked[0][1]["minimum_memory_required"] >= needed

@@ -1,5 +1,7 @@
 """The Null-Text Optimize node: schema and wiring."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -74,3 +76,11 @@ def test_every_input_reaches_the_optimisation(model, trajectory, monkeypatch):
     (args, kwargs), = seen
     assert args == (model, trajectory, *prompts, Settings(3.0, 4, 5e-6, 0.02, "on"))
     kwargs["say"]("told to nobody, as no server runs")
+
+
+@torch.inference_mode()
+def test_a_noise_mask_is_left_out_of_the_latent(model, trajectory):
+    """The host keeps the sampler's latent outside a mask; here that is noise, which would stay in the picture."""
+    masked = dataclasses.replace(trajectory, noise_mask=torch.ones(1, 64, 64))
+    latent = NullTextOptimize.execute(model=model, trajectory=masked, negative=tiny_cond(seed=2), **{**defaults(), "inner_steps": 1}).args[1]
+    assert list(latent) == ["samples"]
