@@ -85,13 +85,13 @@ def optimise(branch: Branch, y: Tensor, targets: Tensor, sigmas: list[float], to
         scale = unit_variance_scale(sigma_next)
         target = targets[index]
 
-        def land(denoised, y=y, sigma=sigma, sigma_next=sigma_next, scale=scale, target=target):
+        def land(denoised, number=index + 1, y=y, sigma=sigma, sigma_next=sigma_next, scale=scale, target=target):
             """The latent after the step, and its loss [B]."""
             after = ddim_step(y, sigma, sigma_next, to_eps(y, sigma, denoised))
             losses = ((after - target) * scale).square().flatten(1).mean(dim=1)
             if not bool(torch.isfinite(losses).all()):
                 raise ValueError(
-                    f"The loss of null-text optimisation became NaN or infinite at step {index + 1} of {len(sigmas) - 1} (sigma {sigma:.4g}): "
+                    f"The loss of null-text optimisation became NaN or infinite at step {number} of {len(sigmas) - 1} (sigma {sigma:.4g}): "
                     "lower the learning rate, or check the model's weights."
                 )
             return after, losses
