@@ -1,4 +1,6 @@
 """The score of Prompt-to-Prompt: its cases, and its judgement where the truth is known. No model runs here."""
+from dataclasses import replace
+
 import pytest
 
 from palimpsest.devtools import readme, scoring
@@ -38,8 +40,8 @@ def test_the_perfect_edit_is_kept_and_another_scene_is_not(kind):
     for seed in seeds_of(kind, VALIDATION, 12):
         found = p2p.case(kind, seed)
         source, twin, stranger = (read(picture) for picture in scoring.pictures([found.scene, found.target, p2p.case(kind, seed + 100).scene]))
-        kept.append(others_kept(twin, source, kind, found.index))
-        other.append(others_kept(stranger, source, kind, found.index))
+        kept.append(others_kept(twin, source, kind, p2p._place(found, source)))
+        other.append(others_kept(stranger, source, kind, p2p._place(found, source)))
         success.append(edit_success(twin, found.target, kind, found.index))
     assert sum(kept) >= 11 and sum(other) == 0 and sum(success) >= 11
 
@@ -47,11 +49,14 @@ def test_the_perfect_edit_is_kept_and_another_scene_is_not(kind):
 def test_what_cannot_be_read_in_the_source_is_not_judged():
     found = p2p.case("color", seeds_of("color", VALIDATION, 1)[0])
     source, twin = (read(picture) for picture in scoring.pictures([found.scene, found.target]))
-    assert others_kept(twin, source, "color", found.index)
-    source.objects[0].size = "small" if twin.objects[0].size == "large" else "large"
-    assert not others_kept(twin, source, "color", found.index)
-    source.objects[0].size = None
-    assert others_kept(twin, source, "color", found.index)
+    assert others_kept(twin, source, "color", p2p._place(found, source))
+    first, *rest = source.objects
+
+    def with_size(size):
+        return replace(source, objects=type(source.objects)([replace(first, size=size), *rest]))
+
+    assert not others_kept(twin, with_size("small" if first.size == "large" else "large"), "color", p2p._place(found, source))
+    assert others_kept(twin, with_size(None), "color", p2p._place(found, source))
 
 
 def test_background_psnr_leaves_the_objects_out():

@@ -21,7 +21,7 @@ def pag(model):
 
 
 def differential_diffusion(model):
-    return run_node("comfy_extras.nodes_differential_diffusion", "DifferentialDiffusion", model)
+    return run_node("nodes_differential_diffusion", "DifferentialDiffusion", model)
 
 
 def sag(model):
