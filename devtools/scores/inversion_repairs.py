@@ -43,7 +43,7 @@ def edited(mini: Mini, way: str, found: Case, latent: dict) -> tuple[torch.Tenso
 
 def score(quick: bool) -> dict:
     """Figures of this module (see its docstring for the keys)."""
-    count, mini = 2 if quick else PER_KIND, Mini()
+    count, mini = 1 if quick else PER_KIND, Mini()
     results = {way: defaultdict(list) for way in WAYS}
     for number, kind in enumerate(KINDS):
         first = HELD_OUT + OFFSET + APART * number
