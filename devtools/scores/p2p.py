@@ -45,7 +45,7 @@ class Recipe:
     blend: float | None = None
 
 
-# found by `tune` on validation seeds, once for both kinds of sources
+# chosen on validation seeds, once for both kinds of sources
 RECIPES = {
     "color": Recipe(Settings(cross=(0.0, 0.6), self_window=(0.0, 0.8), self_share=1.0), 0.6),
     "shape": Recipe(Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4)), 0.5),
