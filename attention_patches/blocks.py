@@ -44,7 +44,8 @@ class Point(NamedTuple):
 
     kind "resblock": the residual branch of a ResBlock, after its last convolution, before the skip is added, [B, C, H, W].
     kind "attn1": the input of a self-attention (normed tokens before to_q, to_k, to_v), [B, H*W, C].
-    part, number: the host's block, e.g. ("output", 4). index: the transformer block inside it ("attn1" only).
+    kind "attn2": the query side of a cross-attention (normed tokens before to_q), [B, H*W, C].
+    part, number: the host's block, e.g. ("output", 4). index: the transformer block inside it (attention only).
     """
 
     kind: str
@@ -55,21 +56,37 @@ class Point(NamedTuple):
     @property
     def order(self) -> tuple[int, int, int]:
         """Sorts points in the order the UNet reaches them."""
-        return (PARTS.index(self.part), self.number, 0 if self.kind == "resblock" else 1 + self.index)
+        place = {"resblock": 0, "attn1": 1 + 2 * self.index, "attn2": 2 + 2 * self.index}[self.kind]
+        return (PARTS.index(self.part), self.number, place)
 
 
 @dataclass(frozen=True)
 class UNetLayers:
-    """What a UNet has: transformer depth of each block with attention, and the blocks that start with a ResBlock."""
+    """What a UNet has: transformer depth of each block with attention, and the blocks that start with a ResBlock.
+
+    halvings: how often the picture has been halved where a block's attention sits: 0 at the size of the latent.
+    """
 
     architecture: str
     attention: dict[tuple[str, int], int]
     resblocks: frozenset[tuple[str, int]]
+    halvings: dict[tuple[str, int], int]
 
     def by_letter(self, letter: str) -> list[tuple[str, int]]:
         """Blocks with attention of one part, in running order: the n of `u<n>` counts this list."""
         part = LETTERS[letter]
         return [block for block in self.attention if block[0] == part]
+
+    def points(self, kind: str) -> frozenset[Point]:
+        """Every attention point of a kind ("attn1" or "attn2")."""
+        return frozenset(Point(kind, *block, index) for block, depth in self.attention.items() for index in range(depth))
+
+    def size(self, block: tuple[str, int], latent: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of the maps at a block's attention for latents of (H, W): every halving rounds up."""
+        height, width = latent
+        for _ in range(self.halvings[block]):
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return height, width
 
 
 def architecture_name(model) -> str:
@@ -108,11 +125,11 @@ def architecture_name(model) -> str:
 
 def unet_layers(model) -> UNetLayers:
     """The layers of the UNet behind a MODEL. Raises ValueError like `architecture_name`."""
-    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 
     architecture = architecture_name(model)
     unet = model.model.diffusion_model
-    attention, resblocks = {}, set()
+    attention, resblocks, halvings, level = {}, set(), {}, 0
     middle = [] if unet.middle_block is None else [unet.middle_block]
     for part, blocks in zip(PARTS, (unet.input_blocks, middle, unet.output_blocks)):
         for number, block in enumerate(blocks):
@@ -121,7 +138,10 @@ def unet_layers(model) -> UNetLayers:
             depths = [len(layer.transformer_blocks) for layer in block if hasattr(layer, "transformer_blocks")]
             if depths and depths[0] > 0:
                 attention[(part, number)] = depths[0]
-    return UNetLayers(architecture, attention, frozenset(resblocks))
+                halvings[(part, number)] = level
+            # both stand alone or last in their block
+            level += any(isinstance(layer, Downsample) for layer in block) - any(isinstance(layer, Upsample) for layer in block)
+    return UNetLayers(architecture, attention, frozenset(resblocks), halvings)
 
 
 class Item(NamedTuple):
@@ -182,10 +202,10 @@ def _blocks_of(item: Item, layers: UNetLayers, what: str) -> list[tuple[str, int
     return [known[number] for number in wanted]
 
 
-def attention_points(text: str, layers: UNetLayers, what: str = "attention layers") -> frozenset[Point]:
-    """Self-attention points that `text` (notation or preset) selects. Raises ValueError, one sentence."""
+def attention_points(text: str, layers: UNetLayers, what: str = "attention layers", kind: str = "attn1", presets: dict = ATTENTION_PRESETS) -> frozenset[Point]:
+    """Attention points of a kind that `text` (notation or preset) selects. Raises ValueError, one sentence."""
     points = set()
-    for item in parse_blocks(_expand_preset(text, ATTENTION_PRESETS, layers.architecture, what), what):
+    for item in parse_blocks(_expand_preset(text, presets, layers.architecture, what), what):
         for block in _blocks_of(item, layers, what):
             depth = layers.attention.get(block)
             if depth is None:
@@ -196,7 +216,7 @@ def attention_points(text: str, layers: UNetLayers, what: str = "attention layer
                     f"The {what} name transformer block {last} of {block[0]}{block[1]}, but that layer of this {layers.architecture} model has "
                     f"{depth}, counted from 0: choose one of them."
                 )
-            points.update(Point("attn1", *block, index) for index in range(first, last + 1))
+            points.update(Point(kind, *block, index) for index in range(first, last + 1))
     return frozenset(points)
 
 

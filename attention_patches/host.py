@@ -6,6 +6,8 @@ Everything here uses public names of ComfyUI (0.3.52 and 0.3.75). When the host 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import sys
 from collections.abc import Iterator
@@ -17,9 +19,11 @@ from .rows import Area
 
 log = logging.getLogger("palimpsest")
 
+SAME_SIGMA = 1e-4  # relative; schedules of the host and of others agree to about 1e-6
 KEY = "palimpsest"  # our key for wrappers and callbacks, and for the run's state in transformer_options
 PLAN = "palimpsest_plan"  # what the current call is to inject
 ROLE = "palimpsest_role"  # tag on conditioning entries: name of the list they belong to
+MARK = "palimpsest_mark"  # tag on CONDITIONING made by a node of ours: which edit it belongs to
 
 
 def set_wrapper(model, wrapper_type: str, wrapper: Callable) -> None:
@@ -49,14 +53,46 @@ def options_with_apply_wrapper(model_options: dict, wrapper: Callable, **values:
     return options
 
 
-def options_with_attention_patch(transformer_options: dict, patch: Callable) -> dict:
-    """A copy of a UNet call's transformer_options with `patch` before all other attn1 patches.
+def options_with_attention_patch(transformer_options: dict, patch: Callable, kinds: set[str]) -> dict:
+    """A copy of a UNet call's transformer_options with `patch` before all other patches of attention inputs.
 
+    kinds: "attn1" and/or "attn2"; patch is called as (kind, n, context, value, extra_options).
     Before, because HyperTile and token merging change the tokens, and their second patch undoes what the first did.
     """
     patches = dict(transformer_options.get("patches", {}))
-    patches["attn1_patch"] = [patch, *patches.get("attn1_patch", [])]
+    for kind in kinds & {"attn1", "attn2"}:
+        patches[f"{kind}_patch"] = [functools.partial(patch, kind), *patches.get(f"{kind}_patch", [])]
     return {**transformer_options, "patches": patches}
+
+
+def options_with_replacers(transformer_options: dict, replacers: dict[tuple[str, str, int, int], Callable]) -> dict:
+    """A copy of a UNet call's transformer_options with late replacements of attentions.
+
+    replacers: by (kind, part, number, index); each is called as (below, q, k, v, extra_options) where `below` is what sits in the
+    slot already, called as (q, k, v, extra_options), or the host's attention. One slot holds one replacement, and one for a
+    transformer block hides one for its layer, therefore ours take what is there along.
+    """
+    replace = {kind: dict(table) for kind, table in transformer_options.get("patches_replace", {}).items()}
+    for (kind, *block), replacer in replacers.items():
+        table = replace.setdefault(kind, {})
+        there = table.get(tuple(block)) or table.get(tuple(block[:2])) or attention
+        table[tuple(block)] = functools.partial(replacer, there)
+    return {**transformer_options, "patches_replace": replace}
+
+
+@functools.cache
+def _takes_options(function: Callable) -> bool:
+    parameters = inspect.signature(function).parameters
+    return "transformer_options" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
+    """The host's fused attention on projected tensors [rows, tokens, heads * dim], with the settings of the block that asks."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    # 0.3.52 knows no overrides of its attention yet
+    more = {"transformer_options": extra_options} if _takes_options(optimized_attention) else {}
+    return optimized_attention(q, k, v, extra_options["n_heads"], attn_precision=extra_options.get("attn_precision"), **more)
 
 
 def uncompiled():
@@ -69,11 +105,20 @@ def uncompiled():
     return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
 
 
+def _block(base_model, part: str, number: int):
+    unet = base_model.diffusion_model
+    return unet.middle_block if part == "middle" else (unet.input_blocks if part == "input" else unet.output_blocks)[number]
+
+
 def residual_convolution(base_model, part: str, number: int) -> torch.nn.Module:
     """Last convolution of the ResBlock that opens a block: its output is the residual branch before the skip is added."""
-    unet = base_model.diffusion_model
-    block = unet.middle_block if part == "middle" else (unet.input_blocks if part == "input" else unet.output_blocks)[number]
-    return block[0].out_layers[-1]
+    return _block(base_model, part, number)[0].out_layers[-1]
+
+
+def attention_module(base_model, kind: str, part: str, number: int, index: int) -> torch.nn.Module:
+    """The attention ("attn1" or "attn2") of a transformer block, with its projections to_q, to_k, to_v."""
+    layer = next(layer for layer in _block(base_model, part, number) if hasattr(layer, "transformer_blocks"))
+    return getattr(layer.transformer_blocks[index], kind)
 
 
 @contextlib.contextmanager
@@ -152,6 +197,19 @@ def process_alone(conditioning: list, model, noise: torch.Tensor, device: torch.
 
     converted = comfy.sampler_helpers.convert_cond(conditioning)
     return comfy.samplers.process_conds(model, noise, {"positive": converted}, device, **rest)["positive"]
+
+
+# what stays when only the words of a processed entry change: everything but the tokens and what is pooled from them
+WORDS = ("c_crossattn", "y")
+PLACES = ("area", "mask", "mask_strength", "strength")
+
+
+def reworded(entry: dict, words: dict) -> dict:
+    """A processed entry with the words of another one, for the whole picture: ControlNet, ranges, hooks and extra channels stay."""
+    kept = {key: value for key, value in entry.items() if key not in PLACES}
+    named = {key: words[key] for key in ("cross_attn", "pooled_output", "uuid") if key in words}
+    conds = {**entry["model_conds"], **{key: words["model_conds"][key] for key in WORDS if key in words["model_conds"]}}
+    return {**kept, **named, "model_conds": conds}
 
 
 def clean_controls(entries: list[dict]) -> None:

@@ -19,8 +19,7 @@ from .reference_pass import add_edits
 from .rewrites import source_features, source_self_attention
 from .source import Source, check_conditioning
 
-SAME_SIGMA = 1e-4
-BRANCH = "source"
+BRANCH = "source"  # the same name in every edit of one source, so that they share its pass
 
 
 def step_count(sigmas: Tensor, fraction: float) -> int:
@@ -47,7 +46,7 @@ def window_floor(sigmas: Tensor, fraction: float) -> float:
 
 def in_window(sigma: float, floor: float) -> bool:
     """Whether a noise level lies above the floor of a window, beyond rounding."""
-    return sigma > floor + SAME_SIGMA * abs(floor) if math.isfinite(floor) else floor < 0
+    return sigma > floor + host.SAME_SIGMA * abs(floor) if math.isfinite(floor) else floor < 0
 
 
 @dataclass(frozen=True, eq=False)

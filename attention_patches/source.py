@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import Any, Hashable
+
+import torch
+from torch import Tensor
+
+from . import samplers
+
+
+def conditioning_key(conditioning: list) -> Hashable:
+    """Equal for CONDITIONING of the same tokens and options, whichever nodes made it: two nodes often encode one prompt."""
+
+    def key(value: Any) -> Hashable:
+        if isinstance(value, Tensor):
+            data = value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+            return (tuple(value.shape), hashlib.blake2b(data, digest_size=16).digest())
+        return value if isinstance(value, (str, int, float, bool, type(None))) else id(value)
+
+    return tuple((key(tokens), tuple(sorted((name, key(value)) for name, value in extra.items() if value is not None))) for tokens, extra in conditioning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,11 +35,10 @@ class Source:
 
     trajectory: Any
     branches: tuple[tuple[str, list], ...]
+    key: Hashable = field(init=False)
 
-    @property
-    def key(self) -> Hashable:
-        """Equal for sources made of the same trajectory and the same conditioning objects."""
-        return (id(self.trajectory), tuple((name, id(conditioning)) for name, conditioning in self.branches))
+    def __post_init__(self):
+        object.__setattr__(self, "key", (id(self.trajectory), tuple((name, conditioning_key(conditioning)) for name, conditioning in self.branches)))
 
     @property
     def rows(self) -> int:
@@ -32,6 +49,24 @@ class Source:
     def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W) of the source's latents."""
         return tuple(int(n) for n in self.trajectory.latents.shape[2:])
+
+    def check_run(self, shape: tuple[int, ...], sampler) -> None:
+        """Raises ValueError, one sentence, when a run of latents [B, C, H, W] with this sampler object cannot have this source."""
+        check_latent(self, shape)
+
+
+@dataclass(frozen=True, eq=False)
+class CoevolvingSource(Source):
+    """A source that starts where the user's run starts and is generated beside it, by the same guider with another positive prompt.
+
+    trajectory: None. branches: one (name, host CONDITIONING) pair: what takes the place of the positive prompt. inherits: it takes over
+    ControlNet, ranges, in-painting channels and hooks from the positive prompt, because only its words are another's.
+    """
+
+    inherits: bool = True
+
+    def check_run(self, shape: tuple[int, ...], sampler) -> None:
+        samplers.check_deterministic(sampler)
 
 
 def check_conditioning(conditioning: list, width: int | None, what: str) -> None:
@@ -59,7 +94,7 @@ def check_latent(source: Source, shape: tuple[int, ...]) -> None:
         found = "x".join(str(n) for n in shape[1:])
         raise ValueError(
             f"The trajectory was made from a latent of {channels}x{height}x{width} (channels, height, width), but the sampler got {found}: "
-            "start from the LATENT of the injector, or invert a picture of the new size."
+            "start from the LATENT of the node that got the trajectory, or invert a picture of the new size."
         )
     if source.rows not in (1, shape[0]):
         raise ValueError(

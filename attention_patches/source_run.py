@@ -14,6 +14,7 @@ from .source import Source
 from .store import FeatureStore, feature_bytes
 
 AUTO_SHARE = 0.25  # "auto" keeps features on the GPU while they take less than this share of its free memory
+CONTEXT = Point("context", "input", 0)  # under which the text tokens of a branch are stored, beside its features
 
 
 class StopForward(Exception):
@@ -27,6 +28,8 @@ class SourceRun:
     `features` by a late APPLY_MODEL wrapper that appends and strips rows; see README.md, "Two forms".
     """
 
+    stops = True  # the source's own output is not wanted
+
     def __init__(self, source: Source, bank_device: str, counters, once: Callable[..., None]):
         self.source = source
         self.bank_device = bank_device
@@ -36,16 +39,17 @@ class SourceRun:
         self.branches: dict[str, list[dict]] = {}
         self._wanted: tuple[Point, ...] = ()
         self._shape: tuple[int, ...] = ()
+        self._entry = None
+        self._rows = slice(None)
         self._taken: dict[Point, Feature] = {}
         self._hooks: dict[Point, Callable] = {}
 
-    def prepare(self, model, device: torch.device, seed: int | None) -> None:
-        """Process the source's conditioning, alone, once per run."""
-        latents = self.source.trajectory.latents
-        clean = latents[0].to(device)
+    def prepare(self, model, noise: Tensor, seed: int | None, latent_image: Tensor | None = None, denoise_mask: Tensor | None = None) -> None:
+        """Process the source's conditioning, alone, once per run. noise, latent_image [B, C, H, W], denoise_mask: of the user's run."""
+        clean = self.source.trajectory.latents[0].to(noise.device)
         for name, conditioning in self.source.branches:
             # inpainting and instruction models find their extra channels in latent_image: the source's own picture
-            self.branches[name] = host.process_alone(conditioning, model, torch.zeros_like(clean), device, latent_image=clean, seed=seed)
+            self.branches[name] = host.process_alone(conditioning, model, torch.zeros_like(clean), noise.device, latent_image=clean, seed=seed)
 
     def features(self, executor, model, points: frozenset[Point], sigma: float, x: Tensor, timestep: Tensor, model_options: dict) -> dict[tuple[str, Point], Feature]:
         """Features of `points` for every branch at this noise level; run the source if they are not there yet.
@@ -57,11 +61,23 @@ class SourceRun:
         cut = None if window is None else (getattr(window, "dim", 0), tuple(getattr(window, "index_list", ())))
         stored = self.store.get(sigma, cut)
         if stored is None:
-            stored = self._run_pass(executor, model, points, sigma, x, timestep, model_options, window)
+            self._wanted = tuple(sorted(points, key=lambda point: point.order))
+            stored = self._run_pass(executor, model, sigma, x, timestep, model_options, window)
             self.store.put(sigma, stored, cut)
             if stored and self.store.device is None:
                 self._choose_bank(feature_bytes(stored), x.device, len(points))
         return stored
+
+    def visit(self, sigma: float, following: float) -> tuple[Tensor, Tensor]:
+        """(x, denoised) [B, C, H, W] of the source at `sigma`, such that one Euler step to `following` stays on its path.
+
+        With r = following / sigma: denoised = (y_following - r y) / (1 - r), the source put back on its stored path ("direct
+        inversion", Ju et al., ICLR 2024), in sigma space.
+        """
+        trajectory = self.source.trajectory
+        ratio = following / sigma
+        here = trajectory.at(sigma)
+        return here, (trajectory.at(following) - ratio * here) / (1.0 - ratio)
 
     def close(self) -> None:
         """Free everything the run holds."""
@@ -71,41 +87,59 @@ class SourceRun:
             host.clean_controls(entries)
         self.branches = {}
 
-    def _run_pass(self, executor, model, points, sigma, x, timestep, model_options, window) -> dict[tuple[str, Point], Feature]:
+    def usable_entry(self, entries: list[dict], sigma: float) -> dict | None:
+        """The entry of a branch that features are read from: the first that is active and covers the whole picture."""
+        usable = (entry for entry in entries if "area" not in entry and "mask" not in entry and host.is_active(entry, sigma))
+        entry = next(usable, None)
+        if entry is None:
+            self.once("inactive", "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there")
+        return entry
+
+    def _run_pass(self, executor, model, sigma, x, timestep, model_options, window) -> dict[tuple[str, Point], Feature]:
         latents = self.source.trajectory.at(sigma).to(x)
         if window is not None:
             latents = window.get_tensor(latents)
-        wanted = tuple(sorted(points, key=lambda point: point.order))
         features: dict[tuple[str, Point], Feature] = {}
         for name, entries in self.branches.items():
-            usable = (entry for entry in entries if "area" not in entry and "mask" not in entry and host.is_active(entry, sigma))
-            entry = next(usable, None)
+            entry = self.usable_entry(entries, sigma)
             if entry is None:
-                self.once("inactive", "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there")
                 continue
-            taken = self._run_branch(executor, model, entry, latents, timestep, model_options, wanted)
+
+            def run(options, entry=entry):
+                # index 0 of a list of one: other packs record maps for any call that contains index 1
+                executor(model, [[entry]], latents, timestep[:1].repeat(latents.shape[0]), options)
+
+            taken = self.capture(entry, latents, model_options, run)
             features.update({(name, point): feature for point, feature in taken.items()})
         return features
 
-    def _run_branch(self, executor, model, entry: dict, latents: Tensor, timestep: Tensor, model_options: dict, wanted: tuple[Point, ...]) -> dict[Point, Feature]:
-        self._wanted, self._shape, self._taken = wanted, tuple(latents.shape), {}
+    def capture(self, entry: dict | None, latents: Tensor, model_options: dict, run: Callable[[dict], object]) -> dict[Point, Feature]:
+        """What `run(options)` computes for one entry's rows at the wanted points. latents: [B, C, H, W] that it runs with."""
+        self._entry, self._shape, self._taken = None if entry is None else entry.get("uuid"), tuple(latents.shape), {}
         options = host.options_with_apply_wrapper(model_options, self._apply_model)
         self.counters.source_calls += 1
-        self.counters.source_rows += latents.shape[0]
         try:
-            # index 0 of a list of one: other packs record maps for any call that contains index 1
-            executor(model, [[entry]], latents, timestep[:1].repeat(latents.shape[0]), options)
+            run(options)
         except StopForward:
             pass
-        taken, self._wanted, self._taken = self._taken, (), {}
+        taken, self._taken = self._taken, {}
         return taken
 
     def _apply_model(self, executor, x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs):
-        if tuple(x.shape) != self._shape:
+        self.counters.source_rows += x.shape[0]
+        entries = transformer_options.get("uuids") or [self._entry]
+        batch = x.shape[0] // len(entries)
+        if self._entry not in entries or not self._wanted:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
+        if (batch, *x.shape[1:]) != self._shape:
             # features of a tile would pass for those of the picture
             self.once("cut source", "another node cuts the source's picture into tiles: nothing is injected there", warn=True)
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
-        options = host.options_with_attention_patch(transformer_options, self._capture_attention)
+        place = entries.index(self._entry)
+        self._rows = slice(place * batch, (place + 1) * batch)
+        if c_crossattn is not None and CONTEXT not in self._taken:
+            self._taken[CONTEXT] = Feature(c_crossattn[self._rows].detach().clone(), (c_crossattn.shape[1], 1))
+        options = host.options_with_attention_patch(transformer_options, self._capture_attention, {point.kind for point in self._wanted})
         hooks = {(point.part, point.number): self._hook(point) for point in self._wanted if point.kind == "resblock"}
         with host.residual_hooks(executor.class_obj, hooks):
             return executor(x, t, c_concat, c_crossattn, control, options, *args, **kwargs)
@@ -119,18 +153,21 @@ class SourceRun:
             self._hooks[point] = capture
         return self._hooks[point]
 
-    def _capture_attention(self, n, context, value, extra_options, **kwargs):
+    def _capture_attention(self, kind: str, n, context, value, extra_options):
         block = extra_options.get("block")
         if block is not None:
-            point = Point("attn1", block[0], block[1], extra_options.get("block_index", 0))
+            point = Point(kind, block[0], block[1], extra_options.get("block_index", 0))
             if point in self._wanted:
                 self._take(point, n, tuple(extra_options["activations_shape"][-2:]))
         return n, context, value
 
     def _take(self, point: Point, tensor: Tensor, size: tuple[int, int]) -> None:
+        if point in self._taken:
+            # a later call of the same pass is another node's (PAG, SAG), and disturbed
+            return
         # a copy: later patches and the host itself write into block outputs in place
-        self._taken[point] = Feature(tensor.detach().clone(), (int(size[0]), int(size[1])))
-        if point == self._wanted[-1]:
+        self._taken[point] = Feature(tensor[self._rows].detach().clone(), (int(size[0]), int(size[1])))
+        if self.stops and point == self._wanted[-1]:
             raise StopForward
 
     def _choose_bank(self, size: int, device: torch.device, layers: int) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import host
 
-SAME_SIGMA = 1e-4  # relative; the host's and other packages' schedules agree to about 1e-6
 SAME_LATENT = 1e-4  # of the largest value; a LATENT on the wire went through the latent scale factor and back
+GOING_ON = 0.9  # of the model's largest noise level: below, a run without added noise is the second part of one
 NEAR_STEP = 0.84  # of the trajectory's first step, see `near_top`
 
 
@@ -31,7 +31,7 @@ def near_top(run: Tensor, sigmas: Tensor, timestep) -> bool:
     # a run of more steps has shorter ones, or 50 steps with denoise 0.95 would pass for a whole run of 20
     shorter = min(1.0, steps / (len(run) - 1))
     below = min(NEAR_STEP, (steps - 1) / steps - 0.01) * shorter
-    return abs(float(run[0] / sigmas[-1]) - 1) <= SAME_SIGMA or -below * (top - second) <= at - top <= (top - second)
+    return abs(float(run[0] / sigmas[-1]) - 1) <= host.SAME_SIGMA or -below * (top - second) <= at - top <= (top - second)
 
 
 def find_level(trajectory, latents: Tensor) -> int | None:
@@ -64,7 +64,7 @@ def prepare_start(patcher, sources: list, noise: Tensor, latent_image: Tensor, s
         if level == 0 and silent and first > float(source.trajectory.sigmas[1]):
             raise ValueError(
                 f"The sampler starts at noise level {first:.3f} without added noise, but its latent is the clean picture: "
-                "connect the LATENT of the injector, which is that picture's noise."
+                "connect the LATENT of the node that got the trajectory, which is that picture's noise."
             )
         if level:
             return _from_level(patcher, source.trajectory, level, model_sampling, noise, latent_image, sampler, sigmas, denoise_mask)
@@ -76,15 +76,26 @@ def prepare_start(patcher, sources: list, noise: Tensor, latent_image: Tensor, s
     else:
         raise ValueError(
             f"The sampler starts at noise level {first:.3f} while the trajectory starts at {float(low.sigmas[-1]):.3f}: "
-            "set denoise to 1 and start from the LATENT of the injector."
+            "set denoise to 1 and start from the LATENT of the node that got the trajectory."
         )
     return noise, latent_image
+
+
+def check_beginning(patcher, noise: Tensor, sigmas: Tensor) -> None:
+    """For a source that is generated beside the run: says so when the run seems to go on with what an earlier sampler left."""
+    if len(sigmas) == 0 or torch.count_nonzero(noise) > 0:
+        return
+    if float(sigmas[0]) < GOING_ON * float(patcher.get_model_object("model_sampling").sigma_max):
+        host.log.warning(
+            "Palimpsest: this sampler goes on from a half-done latent, so the source starts there too and the windows count its own steps: "
+            "edit in one sampler, or connect a TRAJECTORY."
+        )
 
 
 def _from_level(patcher, trajectory, level, model_sampling, noise, latent_image, sampler, sigmas, denoise_mask):
     first, stored = float(sigmas[0]), float(trajectory.sigmas[level])
     start = trajectory.latents[level]
-    if abs(first / stored - 1) > SAME_SIGMA:
+    if abs(first / stored - 1) > host.SAME_SIGMA:
         whole = level == len(trajectory.sigmas) - 1 and near_top(sigmas, trajectory.sigmas, model_sampling.timestep)
         if not whole:
             raise ValueError(

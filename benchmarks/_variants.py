@@ -76,7 +76,7 @@ def joined(model, trajectory):
     def first_rows_from_last(tensor):
         return tensor[-1:].expand_as(tensor).contiguous()
 
-    def attention(n, context, value, extra_options):
+    def attention(kind, n, context, value, extra_options):
         if any(point[1:] == (*extra_options["block"], extra_options["block_index"]) for point in edit.attentions):
             taken = first_rows_from_last(n)
             return taken, taken, value
@@ -85,7 +85,7 @@ def joined(model, trajectory):
     def apply(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kwargs):
         entry, latents = source.get(executor.class_obj, x, float(t[0]))
         context = entry["model_conds"]["c_crossattn"].cond.to(c_crossattn)
-        options = host.options_with_attention_patch(transformer_options, attention)
+        options = host.options_with_attention_patch(transformer_options, attention, {"attn1"})
         hooks = [
             host.residual_convolution(executor.class_obj, point.part, point.number).register_forward_hook(lambda module, args, out: first_rows_from_last(out))
             for point in edit.features

@@ -31,10 +31,22 @@ def table(found: dict) -> str:
     return "\n\n".join(parts)
 
 
+def repairs(found: dict) -> str:
+    """The four ways back from an inversion side by side, from the group `inversion_repairs`."""
+    ways = {"ddim": "DDIM, no repair", "negative_prompt": "negative-prompt inversion", "null_text": "Null-Text Optimize", "direct": "P2P Controller with trajectory (direct)"}
+    columns = {"structure_kept": "structure kept", "background_psnr_db": "background PSNR, dB", "edit_success": "edit success", "seconds": "seconds per picture"}
+    if not found:
+        return NONE_YET
+    rows = [f"| {name} | " + " | ".join(shown(found[way][column]) for column in columns) + " |" for way, name in ways.items()]
+    return "\n".join([f"| way back | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns), *rows])
+
+
 def tables() -> dict[str, str]:
     """Name of the marked place -> its content."""
     results = {path.stem: figures.read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
-    return {"scores": table(figures.read(ROOT / "mini" / "scores.json")), "benchmarks": table(results)}
+    scores = figures.read(ROOT / "mini" / "scores.json")
+    compared = scores.pop("inversion_repairs", {})
+    return {"scores": table(scores), "repairs": repairs(compared), "benchmarks": table(results)}
 
 
 def filled(text: str) -> str:

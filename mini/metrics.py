@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
 from .reader import ReadObject, Reading
@@ -96,6 +97,32 @@ def structure_kept(reading: Reading, source: Scene) -> bool:
     """Whether every object's shape, place and size are as in the source and no object came or went."""
     return len(reading.objects) == len(source.objects) and all(
         holds(read, attribute, getattr(o, attribute)) for read, o in zip(match_objects(reading, source), source.objects) for attribute in STRUCTURE)
+
+
+def others_kept(reading: Reading, source: Reading, attribute: str, index: int = 0) -> bool:
+    """Whether everything but one attribute (of object `index`, or of the scene) is read as in the source, and no object came or went.
+
+    What could not be read in the source is not judged. A second color belongs to its pattern, so an edit of the pattern may change it;
+    of filled even marks (see `shows`) either color comes first.
+    """
+    if len(reading.objects) != len(source.objects) or any(getattr(reading, name) != getattr(source, name) for name in ("background", "style") if name != attribute):
+        return False
+    free = {attribute, "color2"} if attribute == "pattern" else {attribute}
+    for number, (read, before) in enumerate(zip(match_objects(reading, source), source.objects)):
+        own = free if number == index and attribute in OBJECT_ATTRIBUTES else set()
+        judged = [name for name in OBJECT_ATTRIBUTES if name not in own and getattr(before, name) is not None]
+        if any(not shows(read, name, getattr(before, name), reading.style) for name in judged):
+            return False
+    return True
+
+
+def background_psnr(picture: np.ndarray, source: np.ndarray, reading: Reading, before: Reading) -> float:
+    """PSNR in dB (peak 1) between two pictures [H, W, 3] outside all objects that either shows, and outside one latent cell (8 pixels) around them, the finest grain of an edit of latents."""
+    shown = np.zeros(picture.shape[:2], bool)
+    for read in (*reading.objects, *before.objects):
+        shown |= ndimage.binary_dilation(read.mask, iterations=8)
+    error = float(((picture - source)[~shown] ** 2).mean()) if not shown.all() else 0.0
+    return -10.0 * math.log10(max(error, 1e-10))
 
 
 def object_iou(reading: Reading, source: Scene) -> float:

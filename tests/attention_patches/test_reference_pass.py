@@ -233,11 +233,12 @@ def test_nothing_of_a_run_stays_on_the_model(model, trajectory, positive, negati
 def test_cleanup_callback_closes_a_run_that_was_left_open(model, trajectory):
     from types import SimpleNamespace
 
-    from palimpsest.attention_patches.reference_pass import RunState
+    from palimpsest.attention_patches.edit import RunInfo
+    from palimpsest.attention_patches.run_state import RunState
 
     edited, _ = apply_pnp(model, trajectory)
     reference = edited.wrappers["calc_cond_batch"]["palimpsest"][0].__self__
-    state = RunState(reference.edits, SimpleNamespace(model_patcher=edited, conds={}))
+    state = RunState(reference.edits, SimpleNamespace(model_patcher=edited, conds={}), RunInfo(trajectory.sigmas.flip(0), (1, 4, 16, 16)))
     (run,) = state.sources.values()
     run.store.put(1.0, {})
     reference._running.add(state)

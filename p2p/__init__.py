@@ -1,0 +1,1 @@
+"""Prompt-to-Prompt, the text side: tokens of a prompt, alignments between two prompts, schedules and the plan made of them."""
