@@ -117,7 +117,10 @@ def others_kept(reading: Reading, source: Reading, attribute: str, index: int = 
 
 
 def background_psnr(picture: np.ndarray, source: np.ndarray, reading: Reading, before: Reading) -> float:
-    """PSNR in dB (peak 1) between two pictures [H, W, 3] outside all objects that either shows, and outside one latent cell (8 pixels) around them, the finest grain of an edit of latents."""
+    """PSNR in dB (peak 1) between two pictures [H, W, 3] outside all objects that either shows.
+
+    One latent cell (8 pixels) around them is left out as well, the finest grain of an edit of latents.
+    """
     shown = np.zeros(picture.shape[:2], bool)
     for read in (*reading.objects, *before.objects):
         shown |= ndimage.binary_dilation(read.mask, iterations=8)

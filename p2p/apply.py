@@ -74,7 +74,10 @@ def encode(clip, prompts: list[str]) -> list:
     for parts in zip(*encoded):
         lengths = sorted({int(tokens.shape[1]) for tokens, _ in parts})
         if len(lengths) > 1:
-            raise ValueError(f"The edit prompts need {' and '.join(map(str, lengths))} text tokens, but a batch shares one length: shorten the long ones, or use one controller per edit prompt.")
+            raise ValueError(
+                f"The edit prompts need {' and '.join(map(str, lengths))} text tokens, but a batch shares one length: "
+                "shorten the long ones, or use one controller per edit prompt."
+            )
         extra = dict(parts[0][1])
         if extra.get("pooled_output") is not None:
             extra["pooled_output"] = torch.cat([options["pooled_output"] for _, options in parts])
@@ -82,7 +85,9 @@ def encode(clip, prompts: list[str]) -> list:
     return joined
 
 
-def apply_p2p(model, clip, source_prompt: str, edit_prompt: str, settings: Settings, *, trajectory=None, source_conditioning: list | None = None, bank_device: str = "auto") -> Controlled:
+def apply_p2p(
+    model, clip, source_prompt: str, edit_prompt: str, settings: Settings, *, trajectory=None, source_conditioning: list | None = None, bank_device: str = "auto"
+) -> Controlled:
     """A clone of `model` that edits what it generates from the edit prompt after the attention of the source prompt.
 
     model: ModelPatcher; clip: its CLIP. trajectory: of the picture to edit (inversion.trajectory.Trajectory), None for the picture that the source

@@ -83,9 +83,15 @@ class LocalBlend(Edit):
             raise ValueError(f"P2P Local Blend needs a sampler of first order, but the sampler is {sampler_name(sampler)}: choose euler or ddim, or remove the blend.")
         own = self.edit.own_entries(guider)
         if self.user_mask is None and own and all("area" in entry for entry in own):
-            raise ValueError("P2P Local Blend reads its words where they are in the whole picture, but the controller's positive is limited to an area: connect a mask to the blend in place of words.")
+            raise ValueError(
+                "P2P Local Blend reads its words where they are in the whole picture, but the controller's positive is limited to an area: "
+                "connect a mask to the blend in place of words."
+            )
         if self.user_mask is not None and self.user_mask.shape[0] not in (1, info.latent_shape[0]):
-            raise ValueError(f"P2P Local Blend got {self.user_mask.shape[0]} masks, but the sampler got {info.latent_shape[0]} latents: connect one mask for all, or one per latent.")
+            raise ValueError(
+                f"P2P Local Blend got {self.user_mask.shape[0]} masks, but the sampler got {info.latent_shape[0]} latents: "
+                "connect one mask for all, or one per latent."
+            )
 
     def takes_part(self, guider: Any) -> bool:
         return self.edit.takes_part(guider)
@@ -96,7 +102,8 @@ class LocalBlend(Edit):
         maps = frozenset(point for point in p2p.crosses if self.edit.layers.halvings[(point.part, point.number)] == halvings)
         if self.user_mask is not None:
             maps = frozenset()
-        return LocalBlendRun(source=self.source, bank_device=self.bank_device, blend=self, p2p=p2p, maps=maps, run_levels=info.sigmas.detach().cpu(), size=tuple(info.latent_shape[-2:]))
+        levels, size = info.sigmas.detach().cpu(), tuple(info.latent_shape[-2:])
+        return LocalBlendRun(source=self.source, bank_device=self.bank_device, blend=self, p2p=p2p, maps=maps, run_levels=levels, size=size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +195,10 @@ def check_blendable(edits: tuple) -> P2PEdit:
     """The P2P edit among a MODEL's edits that a blend belongs to: the last one. Raises ValueError, one sentence, when there is none."""
     found = [edit for edit in edits if isinstance(edit, P2PEdit)]
     if not found:
-        raise ValueError("P2P Local Blend limits the edit of a P2P Controller, but the connected model has none: connect the controller's MODEL (an edit that changes nothing installs nothing).")
+        raise ValueError(
+            "P2P Local Blend limits the edit of a P2P Controller, but the connected model has none: "
+            "connect the controller's MODEL (an edit that changes nothing installs nothing)."
+        )
     if isinstance(found[-1].source, CoevolvingSource):
         host.log.info("Palimpsest: the local blend keeps the source running to the last step.")
     return found[-1]

@@ -81,12 +81,16 @@ class P2PEdit(Edit):
             tokens = entry.get("cross_attn")
             if tokens is not None and tokens.shape[1] != expected:
                 raise ValueError(
-                    f"The positive conditioning has {tokens.shape[1]} text tokens, but the edit prompt has {expected}: connect the controller's positive without joining other prompts to it."
+                    f"The positive conditioning has {tokens.shape[1]} text tokens, but the edit prompt has {expected}: "
+                    "connect the controller's positive without joining other prompts to it."
                 )
 
         self._check_layers(info)
         if self.schedule is not None and not all(bool(((self.schedule / level - 1.0).abs() <= host.SAME_SIGMA).any()) for level in info.sigmas[:-1].cpu() if level > 0):
-            host.log.info("Palimpsest: the sampler visits other noise levels than the trajectory has: the source is interpolated, it is exact on the trajectory's own steps and scheduler.")
+            host.log.info(
+                "Palimpsest: the sampler visits other noise levels than the trajectory has: the source is interpolated, "
+                "it is exact on the trajectory's own steps and scheduler."
+            )
 
     def _check_layers(self, info: RunInfo) -> None:
         run = self.bound(info)
@@ -166,8 +170,8 @@ class P2PRun(Edit):
             # A_source V: q and k are the source's, but for prompts of the batch that leave self-attention alone
             step, steps = step_of(source.sigma, self.levels), len(self.levels) - 1
             active = torch.tensor([plan.self_active(step, steps) for plan in self.edit.plans], device=n.device)[:, None, None]
-            q, k = (torch.cat([torch.where(active, source.of(BRANCH, i), rows) if own else rows for i, (own, rows) in enumerate(zip(mine, x.chunk(len(mine))))]) for x in (n, context))
-            return q, k, value
+            chunks = ([torch.where(active, source.of(BRANCH, i), rows) if own else rows for i, (own, rows) in enumerate(zip(mine, x.chunk(len(mine))))] for x in (n, context))
+            return *(torch.cat(rows) for rows in chunks), value
         mapping, kept = self.at(source.sigma)
         if (mapping is None) == (kept is None):
             return n, context, value  # nothing, or two maps: see attend

@@ -205,7 +205,8 @@ def test_a_whole_run_with_its_source_beside_it_equals_the_published_one(oracles,
     guider.set_conds(positive, negative)
     guider.set_cfg(7.5)
     start = model.model.process_latent_out(case.inputs["latent"] * case.scale[0])
-    out = guider.sample(torch.zeros_like(start), start, comfy.samplers.sampler_object("euler"), case.sigmas, callback=lambda step, denoised, x, total: path.append(x.clone()), disable_pbar=True)
+    euler = comfy.samplers.sampler_object("euler")
+    out = guider.sample(torch.zeros_like(start), start, euler, case.sigmas, callback=lambda step, denoised, x, total: path.append(x.clone()), disable_pbar=True)
     path = [*path[: len(case.sigmas) - 1], model.model.process_latent_in(out)]
     for step, (x, scale) in enumerate(zip(path, case.scale)):
         theirs = case.tensors["x"][step, 1:]
