@@ -27,7 +27,7 @@ PROMPT, EMPTY = tiny_cond(seed=1), tiny_cond(seed=2)
 @torch.inference_mode()
 def built(make=tiny_sd15, calm=0.3, **options):
     """A model as the server holds it. Random weights answer far more sharply than trained ones; a smaller output makes steps invertible."""
-    options = {"channel_mult": (1, 1, 1, 1), **options} if make is tiny_sd15 else options
+    options = {"channel_mult": (1, 1, 1, 1), "width": 64, **options} if make is tiny_sd15 else options
     model = make(**options)
     model.model.diffusion_model.out[2].weight.mul_(calm)
     return model
