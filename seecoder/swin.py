@@ -32,6 +32,12 @@ def relative_index(window: int, device=None) -> Tensor:
     return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
 
 
+def _places(count: int, window: int, shift: int, device) -> tuple[Tensor, Tensor]:
+    """(window, place in it) of each line of a map that is filled up to `count` windows and then shifted cyclically."""
+    line = (torch.arange(count * window, device=device) - shift) % (count * window)
+    return line // window, line % window
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned bias per relative position."""
 
@@ -88,20 +94,19 @@ class Block(nn.Module):
         height, width = x.shape[1:3]
         w = self.window
         rows, columns = -(-height // w), -(-width // w)
-        # where the map's lines are in the padded and shifted one, and behind them those of the padding
-        down, across = ((torch.arange(count * w, device=x.device) - self.shift) % (count * w) for count in (rows, columns))
+        # where the map's lines are in the padded and shifted one, window by window, and behind them those of the padding
+        (down, y), (across, xs) = (_places(count, w, self.shift, x.device) for count in (rows, columns))
         nothing = self.attn.qkv(x.new_zeros(1, x.shape[-1]))
-        qkv = x.new_empty(x.shape[0], rows * w, columns * w, nothing.shape[-1])
-        qkv[:, down[height:]] = nothing
-        qkv[:, :, across[width:]] = nothing
+        qkv = x.new_empty(x.shape[0], rows, columns, w, w, nothing.shape[-1])
+        qkv[:, down[height:], :, y[height:]] = nothing
+        qkv[:, :, across[width:], :, xs[width:]] = nothing
         at_once = max(1, TOKENS_AT_ONCE // width)
         strips = [slice(start, min(start + at_once, height)) for start in range(0, height, at_once)]
-        places = [(slice(None), down[strip, None], across[:width]) for strip in strips]
+        places = [(slice(None), down[strip, None], across[:width], y[strip, None], xs[:width]) for strip in strips]
         for strip, place in zip(strips, places):
             qkv[place] = self.attn.qkv(self.norm1(x[:, strip]))
-        mixed = self._attend(qkv.unflatten(2, (columns, w)).unflatten(1, (rows, w)).transpose(2, 3))
+        mixed = self._attend(qkv)
         del qkv
-        mixed = mixed.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         parts = [self.attn.proj(mixed[place]).add_(x[:, strip]) for strip, place in zip(strips, places)]
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return x + in_chunks(lambda part: self.mlp(self.norm2(part)), x.flatten(0, 2), TOKENS_AT_ONCE).view_as(x)
