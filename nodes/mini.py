@@ -20,6 +20,12 @@ OF_SCENE = ("background", "style")
 NONE, AUTO = "none", "auto"
 
 
+def _state(*stems: str) -> str:
+    """Time and size of shipped weight files, None for one that is not there."""
+    files = (checkpoint.WEIGHTS / f"{stem}.safetensors" for stem in stems)
+    return str([(file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None for file in files])
+
+
 class MiniCheckpoint(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -55,8 +61,7 @@ class MiniCheckpoint(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name):
         """Weights that were trained anew are loaded anew."""
-        files = (checkpoint.WEIGHTS / f"{stem}.safetensors" for stem in (name, "autoencoder"))
-        return str([(file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None for file in files])
+        return _state(name, "autoencoder")
 
 
 def to_tensor(scene: Scene) -> torch.Tensor:
@@ -212,8 +217,7 @@ class MiniControlNet(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls):
         """Weights that were trained anew are loaded anew."""
-        file = checkpoint.WEIGHTS / "controlnet.safetensors"
-        return str((file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None)
+        return _state("controlnet")
 
 
 class MiniOutline(io.ComfyNode):

@@ -89,7 +89,7 @@ class Block(nn.Module):
         """x [B, H, W, C] -> the same shape.
 
         Windows are filled up with zeros behind the norm. A zero's q, k and v are the projection's bias, so nothing is projected in the padding;
-        at 512 px a third of the cells of the deep stages are padding.
+        at 512 px a fifth of the cells of the third stage are padding, and more than half of those of the fourth.
         """
         height, width = x.shape[1:3]
         w = self.window

@@ -1,7 +1,8 @@
 """Layout from one picture, content from another, no words: the mini ControlNet and the mini SeeCoder together.
 
 seecoder_controlnet.both: fraction of pairs of held-out scenes with one object each whose drawing has the hint's layout (place, size
-and silhouette: IoU above 0.6) and the reference's colour. .layout and .colour: each of the two by itself.
+and silhouette: IoU above 0.6, which a square inside a circle's outline passes) and the reference's colour, of filled even marks either one.
+.layout and .colour: each of the two by itself.
 """
 from __future__ import annotations
 
