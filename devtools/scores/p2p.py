@@ -22,7 +22,7 @@ import torch
 from ...inversion.run import run_inversion
 from ...inversion.trajectory import clean_latent, start_latent
 from ...mini.captions import STYLE_WORDS, caption
-from ...mini.metrics import background_psnr, edit_success, match_named, others_kept
+from ...mini.metrics import OBJECT_ATTRIBUTES, background_psnr, edit_success, match_named, others_kept
 from ...mini.reader import Reading, read
 from ...mini.scenes import BACKGROUNDS, COLORS, SHAPES, STYLES, Scene, edited, sample_scene
 from ...p2p.apply import Settings, apply_p2p
@@ -112,16 +112,13 @@ def case(kind: str, seed: int, scene: Scene | None = None, style: str | None = N
     obj = scene.objects[index]
     if kind == "style":
         value = next(word for word in STYLES if word != (style or scene.style))
-        target = edited(scene, kind, value, index, seed)
-        text, named, whole = caption(scene, seed, 1.0)
-        if "style" in whole:
-            text = text[: text.rindex(", ")]
-        return Case(seed, scene, target, kind, index, text, f"{text}, {STYLE_WORDS[value][0]}", named)
+        text, named, _ = caption(scene, seed, 0.0, OBJECT_ATTRIBUTES)
+        return Case(seed, scene, edited(scene, kind, value, index, seed), kind, index, text, f"{text}, {STYLE_WORDS[value][0]}", named)
     old = getattr(scene if kind == "background" else obj, kind)
     value = rng.choice([word for word in KINDS[kind] if word not in (old, obj.color2 if kind == "color" else old)])
-    target = edited(scene, kind, value, index, seed)
-    text, named, _ = caption(scene, seed, 1.0)
-    return Case(seed, scene, target, kind, index, text, caption(target, seed, 1.0)[0], named)
+    target, always = edited(scene, kind, value, index, seed), (*OBJECT_ATTRIBUTES, *([kind] if kind == "background" else []))
+    text, named, _ = caption(scene, seed, 0.0, always)
+    return Case(seed, scene, target, kind, index, text, caption(target, seed, 0.0, always)[0], named)
 
 
 def swapped(found: Case) -> tuple[str, str]:
