@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import colorsys
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ from ..scoring import HELD_OUT, Mini, mean, pictures, rate
 
 QUICK_LIMITS = {"p2p.generated.edit_success": 0.3, "p2p.generated.kept": 0.2}
 KINDS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "style": STYLES}
+REDRAWN = ("shape", "style")  # edits that draw the object anew: of plain objects only
 PER_KIND, APART, OFFSET = 25, 10_000, 200_000  # seeds of two kinds, and of this and other scores, never meet
 STEPS, SCHEDULER, CFG, DENOISE = 25, "ddim_uniform", 4.0, 0.6
-START, POOL = 0.2, False
+START, POOL = 0.2, True
 WEIGHTS = (0.5, 1.0, 2.0)
 
 
@@ -49,8 +50,8 @@ class Recipe:
 RECIPES = {
     "color": Recipe(Settings(cross=(0.0, 0.6), self_window=(0.0, 0.8), self_share=1.0), 0.6),
     "shape": Recipe(Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4)), 0.5),
-    "background": Recipe(Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4))),
-    "style": Recipe(Settings(cross=(0.0, 0.8), self_window=(0.0, 0.4))),
+    "background": Recipe(Settings(cross=(0.0, 0.4), self_window=(0.0, 0.6), self_share=1.0)),
+    "style": Recipe(Settings(cross=(0.0, 0.4), self_window=(0.0, 0.6), self_share=1.0)),
 }
 
 
@@ -97,8 +98,6 @@ def _place(case: Case, source: Reading) -> int:
 
 def _there(case: Case, source: Reading) -> Scene:
     """The target with its objects at the places where the source's were read."""
-    from dataclasses import replace
-
     found = match_named(source, case.named)
     objects = tuple(obj if seen is None else replace(obj, cx=seen.cx, cy=seen.cy) for obj, seen in zip(case.target.objects, found))
     return replace(case.target, objects=objects)
@@ -108,6 +107,8 @@ def case(kind: str, seed: int, scene: Scene | None = None, style: str | None = N
     """The edit that belongs to a seed. style: of the source picture where that is only known once it is made."""
     rng = random.Random(seed)
     scene = sample_scene(seed) if scene is None else scene
+    if kind in REDRAWN:
+        scene = replace(scene, objects=tuple(replace(obj, pattern="plain", color2="") for obj in scene.objects))
     index = rng.randrange(len(scene.objects))
     obj = scene.objects[index]
     if kind == "style":
@@ -116,7 +117,7 @@ def case(kind: str, seed: int, scene: Scene | None = None, style: str | None = N
         return Case(seed, scene, edited(scene, kind, value, index, seed), kind, index, text, f"{text}, {STYLE_WORDS[value][0]}", named)
     old = getattr(scene if kind == "background" else obj, kind)
     value = rng.choice([word for word in KINDS[kind] if word not in (old, obj.color2 if kind == "color" else old)])
-    target, always = edited(scene, kind, value, index, seed), (*OBJECT_ATTRIBUTES, *([kind] if kind == "background" else []))
+    target, always = edited(scene, kind, value, index, seed), (*OBJECT_ATTRIBUTES, "style", *([kind] if kind == "background" else []))
     text, named, _ = caption(scene, seed, 0.0, always)
     return Case(seed, scene, target, kind, index, text, caption(target, seed, 0.0, always)[0], named)
 
