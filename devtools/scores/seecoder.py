@@ -1,8 +1,9 @@
 """A picture as the prompt: does the generated scene show what the reference shows?
 
 seecoder.shape_and_colour: fraction of held-out references with one object whose drawing has one object of the same shape and
-colour. seecoder.details: per attribute; place by chance is one in nine. seecoder.two_objects: the same for references with two,
-every object's shape and colour. Of filled even marks either colour counts, as for text_to_image. cfg 2, ddim, ddim_uniform, 30 steps, no words, the negative zeros.
+colour. Of filled even marks either colour counts, as for text_to_image; .shape_and_colour_strict: the first colour only, which is
+the one the reference names first. seecoder.details: per attribute; place by chance is one in nine. seecoder.two_objects: as shape_and_colour
+for references with two, every object's shape and colour. cfg 2, ddim, ddim_uniform, 30 steps, no words, the negative zeros.
 """
 from __future__ import annotations
 
@@ -46,12 +47,13 @@ def results(mini: Mini, model: loader.SeeCoderModel, objects: int, first: int, c
 def judged(reading: Reading, scene: Scene) -> dict[str, list[bool]]:
     """`against_scene` with colours as `shows` takes them."""
     pairs = zip(match_objects(reading, scene), scene.objects)
-    return {**against_scene(reading, scene), "color": [shows(read, "color", obj.color, reading.style) for read, obj in pairs]}
+    strict = against_scene(reading, scene)
+    return {**strict, "color": [shows(read, "color", obj.color, reading.style) for read, obj in pairs], "color_strict": strict["color"]}
 
 
-def right(row: dict[str, list[bool]]) -> bool:
+def right(row: dict[str, list[bool]], color: str = "color") -> bool:
     """Whether the number of objects, and every one's shape and colour, are the reference's."""
-    return row["count"][0] and all(row["shape"]) and all(row["color"])
+    return row["count"][0] and all(row["shape"]) and all(row[color])
 
 
 def score(quick: bool) -> dict:
@@ -63,5 +65,6 @@ def score(quick: bool) -> dict:
     for row in one:
         for attribute, values in row.items():
             by[attribute] += values
-    return {"seecoder": {"shape_and_colour": rate([right(row) for row in one], seeds), "two_objects": rate([right(row) for row in two], seeds),
+    return {"seecoder": {"shape_and_colour": rate([right(row) for row in one], seeds), "shape_and_colour_strict": rate([right(row, "color_strict") for row in one], seeds),
+                         "two_objects": rate([right(row) for row in two], seeds),
                          "details": {attribute: rate(values, seeds) for attribute, values in by.items()}}}
