@@ -1,9 +1,10 @@
 """Prompt-to-Prompt edits: is what was asked for there, is everything else kept, and how much of the background moved?
 
 100 edits, 25 each of swap color, swap shape, swap background and add style, once with generated sources (the source prompt's picture
-of the same seed) and once with inverted ones (drawn scenes). Prompts name every attribute; for a style none is named in the source. Swaps of
-color and shape carry a local blend by the swapped words. Seeds whose generated source does not show its own caption's objects are passed
-over (.skipped).
+of the same seed) and once with inverted ones (drawn scenes). Prompts name the objects with all they have and the style, and leave the
+background unsaid, as people do, unless it is what changes; where a style is added the source prompt has none. Swaps of color and shape carry a local blend
+by the swapped words. Objects are plain where they are drawn anew (shape, style), as the model redraws patterns badly with any method. Seeds whose
+generated source does not show its own caption's objects are passed over (.skipped).
 
 p2p.{generated,inverted}.edit_success: the edited attribute has its new value. .kept: all others that can be read in the source picture are read the same.
 .background_psnr_db: outside the objects, swaps of color and shape only. .background_psnr_gain_db: mean gain over .same_seed, which is the
