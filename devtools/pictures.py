@@ -29,7 +29,7 @@ SHOWN = {
     "PalimpsestSeeCoderLoader": ("mini-seecoder", 1, ("input", "edit")),
     "PalimpsestSeeCoderEncode": ("mini-seecoder", 1, ("input", "edit")),
     "PalimpsestSeeCoderCompare": ("mini-seecoder", 1, ("comparison",)),
-    "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "edit")),
+    "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "picture")),
     "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
 }
 # A graph on a checkpoint that nobody here has shows the pictures of its twin on the mini checkpoint.
