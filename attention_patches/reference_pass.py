@@ -11,7 +11,6 @@ import weakref
 from . import host
 from .edit import Edit, RunInfo
 from .run_state import RunState
-from .source import CoevolvingSource
 from .start import prepare_start
 
 
@@ -35,7 +34,7 @@ class ReferencePass:
         for edit in self.edits:
             edit.check(executor.class_obj, sampler, RunInfo(sigmas, shape))
         mask = args[0] if args else kwargs.get("denoise_mask")
-        stored = [source for source in sources if not isinstance(source, CoevolvingSource)]
+        stored = [source for source in sources if source.starts]
         noise, latent_image = prepare_start(executor.class_obj.model_patcher, stored, noise, latent_image, sampler, sigmas, mask)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
