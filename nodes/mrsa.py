@@ -47,7 +47,7 @@ class MRSAConceptComposer(io.ComfyNode):
                 io.Combo.Input("rule", options=list(RULES), default=RULES[0], tooltip="code: what the authors' program computes, and what weights of 2 to 3 are made for. paper: the printed formula."),
                 io.Combo.Input("noise", options=list(NOISES), default=NOISES[0], tooltip="The references are noised to each step's level: with new noise every time, or with the same throughout (steadier)."),
                 io.Int.Input(
-                    "seed",
+                    "reference_seed",
                     default=OF_SAMPLER,
                     min=OF_SAMPLER,
                     max=0xFFFFFFFF,
@@ -66,9 +66,9 @@ class MRSAConceptComposer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, concepts, layers, start, end, style_fidelity, rule, noise, seed, watch, bank_device, empty_prompt=None, **kwargs) -> io.NodeOutput:
+    def execute(cls, model, concepts, layers, start, end, style_fidelity, rule, noise, reference_seed, watch, bank_device, empty_prompt=None, **kwargs) -> io.NodeOutput:
         composed, shares, report = compose(
-            model, concepts, layers=layers, start=start, end=end, fidelity=style_fidelity, rule=rule, noise=noise, seed=None if seed == OF_SAMPLER else seed,
+            model, concepts, layers=layers, start=start, end=end, fidelity=style_fidelity, rule=rule, noise=noise, seed=None if reference_seed == OF_SAMPLER else reference_seed,
             empty=empty_prompt, watch=watch, bank_device=bank_device,
         )
         return io.NodeOutput(composed, (shares, len(concepts)), report, ui=show(cls, report))
