@@ -156,7 +156,7 @@ def compose(
     places = attention_points(layers, known, "attention layers", "attn1", PRESETS)
     width = host.token_width(model)
     for number, concept in enumerate(concepts, 1):
-        check_conditioning(empty or concept.conditioning, width, f"prompt of concept {number}, the")
+        check_conditioning(empty or concept.conditioning, width, f"concept {number}")
     used = tuple(concept for concept in concepts if concept.weight != 0 and any(len(concept.selection(size).indices) for size in concept.sizes))
     report = [f"model: {known.architecture}", f"self-attention: {len(places)} layers, {start:g} to {end:g} of the schedule", f"rule: {rule}; style fidelity {fidelity:g}"]
     report += [f"concept {number}: weight {concept.weight:g}, latent {concept.size[1]} x {concept.size[0]}" + ("" if concept in used else ", no effect") for number, concept in enumerate(concepts, 1)]

@@ -218,7 +218,7 @@ def test_cancel_and_queue_again(model, positive, negative):
 def test_bad_input(model, positive, negative):
     with pytest.raises(ValueError, match="There is no concept"):
         compose(model, Concepts(()))
-    with pytest.raises(ValueError, match="prompt of concept 1, the conditioning has 64 values per token"):
+    with pytest.raises(ValueError, match="The concept 1 conditioning has 64 values per token"):
         compose(model, concepts(concept(0, cond=tiny_cond(dim=64))))
     with pytest.raises(ValueError, match="Style fidelity 2"):
         compose(model, concepts(concept(0)), fidelity=2.0)
