@@ -99,6 +99,15 @@ class Edit:
         guider.conds: the run's conditioning, converted and not yet processed, by name.
         """
 
+    def takes_part(self, guider: Any) -> bool:
+        """Whether this run is one that the edit is meant for; without it, it costs nothing. guider: as for `check`, or with conditioning processed."""
+        return True
+
+    @property
+    def one_picture(self) -> bool:
+        """Whether all latents of a batch are edits of one generated picture and have to start from one noise."""
+        return False
+
     def for_run(self, info: RunInfo) -> "Edit":
         """The edit as it takes part in one run: itself, or an object of its own that may remember things of the run."""
         return self

@@ -205,6 +205,19 @@ def process_alone(conditioning: list, model, noise: torch.Tensor, device: torch.
     return comfy.samplers.process_conds(model, noise, {"positive": converted}, device, **rest)["positive"]
 
 
+# what stays when only the words of a processed entry change: everything but the tokens and what is pooled from them
+WORDS = ("c_crossattn", "y")
+PLACES = ("area", "mask", "mask_strength", "strength")
+
+
+def reworded(entry: dict, words: dict) -> dict:
+    """A processed entry with the words of another one, for the whole picture: ControlNet, ranges, hooks and extra channels stay."""
+    kept = {key: value for key, value in entry.items() if key not in PLACES}
+    named = {key: words[key] for key in ("cross_attn", "pooled_output", "uuid") if key in words}
+    conds = {**entry["model_conds"], **{key: words["model_conds"][key] for key in WORDS if key in words["model_conds"]}}
+    return {**kept, **named, "model_conds": conds}
+
+
 def clean_controls(entries: list[dict]) -> None:
     """Let go of what the ControlNets of processed conditioning hold; the host does this for the user's lists only."""
     import comfy.sampler_helpers

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .blocks import Point
 from .collectors import Collector
-from .edit import Attention, Edit, SourceRows
+from .edit import Attention, Edit, RunInfo, SourceRows
 from .pnp import in_window
 
 QUERIES_AT_ONCE = 1024  # explicit maps of 8 heads and 77 tokens then take 2.5 MB per row
@@ -83,9 +83,17 @@ class CollectFeatures(Edit):
     def points(self, sigma: float) -> frozenset[Point]:
         return self.places if sigma <= self.ceiling and in_window(sigma, self.floor) else frozenset()
 
+    def __post_init__(self):
+        object.__setattr__(self, "_seen", set())
+
+    def for_run(self, info: RunInfo) -> "CollectFeatures":
+        return replace(self)
+
     def _note(self, point: Point, features: Tensor, source: SourceRows) -> None:
         place = next((i for i, chunk in enumerate(source.chunks) if chunk.role == "positive" and chunk.whole), None)
-        if place is not None:
+        # further calls at a noise level (PAG) may be disturbed
+        if place is not None and (source.sigma, point) not in self._seen:
+            self._seen.add((source.sigma, point))
             self.results.add(point, features.chunk(len(source.chunks))[place].detach().to("cpu", torch.float32, copy=True))
 
     def attention(self, point: Point, n: Tensor, context: Tensor, value: Tensor, source: SourceRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +127,7 @@ def principal_components(features: Tensor, count: int = 3) -> Tensor:
     if found.shape[-1] < count:
         found = torch.nn.functional.pad(found, (0, count - found.shape[-1]))
     low, high = found.amin(0), found.amax(0)
-    flat = high - low <= 1e-9 * values.clamp(min=0).max().sqrt().clamp(min=1e-12)
+    # float32 features carry rounding of about 1e-7
+    flat = high - low <= 1e-5 * values.clamp(min=0).max().sqrt().clamp(min=1e-12)
     scaled = torch.where(flat, torch.full_like(found, 0.5), (found - low) / torch.where(flat, torch.ones_like(low), high - low))
     return scaled.float().unflatten(0, (features.shape[0], *features.shape[-2:]))

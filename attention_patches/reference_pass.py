@@ -11,7 +11,8 @@ import weakref
 from . import host
 from .edit import Edit, RunInfo
 from .run_state import RunState
-from .start import prepare_start
+from .source import CoevolvingSource
+from .start import check_beginning, prepare_start
 
 
 class ReferencePass:
@@ -27,14 +28,20 @@ class ReferencePass:
 
     def outer_sample(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """Check what the edits need before anything is loaded, and start from the trajectory's noise where the user asked for it."""
-        shape = tuple(latent_image.shape)
-        sources = list({edit.source.key: edit.source for edit in self.edits if edit.source is not None}.values())
+        shape, guider = tuple(latent_image.shape), executor.class_obj
+        for edit in self.edits:
+            edit.check(guider, sampler, RunInfo(sigmas, shape))
+        edits = [edit for edit in self.edits if edit.takes_part(guider)]
+        sources = list({edit.source.key: edit.source for edit in edits if edit.source is not None}.values())
         for source in sources:
             source.check_run(shape, sampler)
-        for edit in self.edits:
-            edit.check(executor.class_obj, sampler, RunInfo(sigmas, shape))
         mask = args[0] if args else kwargs.get("denoise_mask")
         stored = [source for source in sources if source.starts]
+        if any(isinstance(source, CoevolvingSource) for source in sources):
+            check_beginning(guider.model_patcher, noise, sigmas)
+        if any(edit.one_picture for edit in edits):
+            # edits of one picture in a batch: all latents start from the first one's noise
+            noise = noise[:1].expand_as(noise).clone()
         noise, latent_image = prepare_start(executor.class_obj.model_patcher, stored, noise, latent_image, sampler, sigmas, mask)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -50,7 +57,7 @@ class ReferencePass:
 
     def sampler_sample(self, executor, guider, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, *args, **kwargs):
         """Give the run its state, and take it away however the run ends."""
-        state = RunState(self.edits, guider, RunInfo(sigmas, tuple(noise.shape)))
+        state = RunState(tuple(edit for edit in self.edits if edit.takes_part(guider)), guider, RunInfo(sigmas, tuple(noise.shape)))
         self._running.add(state)
         collectors = list({id(edit.collector): edit.collector for edit in self.edits if edit.collector is not None}.values())
         completed = False

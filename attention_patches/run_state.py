@@ -90,7 +90,7 @@ class RunState:
 
     def _start(self, source, bank: str) -> SourceRun:
         if isinstance(source, CoevolvingSource):
-            return CoevolvingRun(source, bank, self.counters, self.once, self.guider)
+            return CoevolvingRun(source, bank, self.counters, self.once, self.guider, self.info.sigmas)
         if isinstance(source, ConceptSource):
             return ConceptRun(source, bank, self.counters, self.once, self.guider)
         return SourceRun(source, bank, self.counters, self.once)
@@ -111,7 +111,7 @@ class RunState:
         host.tag_roles(self.guider)
         model, device = self.guider.inner_model, noise.device
         for run in self.sources.values():
-            run.prepare(model, noise, seed)
+            run.prepare(model, noise, seed, latent_image, denoise_mask)
         for edit in self.edits:
             conditioning = edit.extra_conditioning()
             if conditioning is not None and id(conditioning) not in self.extras:

@@ -13,11 +13,12 @@ from . import host
 
 class Solver(enum.Enum):
     """EULER: one call a step, the host's euler and ddim. STAGES: several calls a step. MULTISTEP: remembers earlier steps.
-    STOCHASTIC: adds noise. UNKNOWN: not one of the host's."""
+    OTHER_GUIDANCE: steps along another direction than the guided prediction's. STOCHASTIC: adds noise. UNKNOWN: not one of the host's."""
 
     EULER = "euler"
     STAGES = "several calls per step"
     MULTISTEP = "multistep"
+    OTHER_GUIDANCE = "CFG++"
     STOCHASTIC = "stochastic"
     UNKNOWN = "unknown"
 
@@ -27,6 +28,7 @@ NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds_", "sa_solver")
 KINDS = {
     Solver.EULER: ("euler",),
     Solver.STAGES: ("heun", "heunpp2", "dpm_2", "dpm_fast", "dpm_adaptive"),
+    Solver.OTHER_GUIDANCE: ("euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "gradient_estimation_cfg_pp"),
     Solver.MULTISTEP: ("lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation", "unipc", "unipc_bh2", "uni_pc", "uni_pc_bh2"),
 }
 
@@ -41,7 +43,8 @@ def sampler_name(sampler) -> str:
 def solver_of(sampler) -> Solver:
     """What kind of solver a sampler object is."""
     name, options = sampler_name(sampler), getattr(sampler, "extra_options", None) or {}
-    if any(word in name for word in NOISY) or float(options.get("s_churn", 0.0) or 0.0) > 0.0:
+    noise = max(float(options.get(option, 0.0) or 0.0) for option in ("s_churn", "eta"))
+    if any(word in name for word in NOISY) or noise > 0.0 and ("s_churn" in options or name == "dpm_adaptive"):
         return Solver.STOCHASTIC
     return next((kind for kind, names in KINDS.items() if name in names), Solver.UNKNOWN)
 

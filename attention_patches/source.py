@@ -60,10 +60,12 @@ class Source:
 class CoevolvingSource(Source):
     """A source that starts where the user's run starts and is generated beside it, by the same guider with another positive prompt.
 
-    trajectory: None. branches: one (name, host CONDITIONING) pair: what takes the place of the positive prompt.
+    trajectory: None. branches: one (name, host CONDITIONING) pair: what takes the place of the positive prompt. inherits: it takes over
+    ControlNet, ranges, in-painting channels and hooks from the positive prompt, because only its words are another's.
     """
 
     starts: ClassVar[bool] = False
+    inherits: bool = True
 
     def check_run(self, shape: tuple[int, ...], sampler) -> None:
         samplers.check_deterministic(sampler)
@@ -94,7 +96,7 @@ def check_latent(source: Source, shape: tuple[int, ...]) -> None:
         found = "x".join(str(n) for n in shape[1:])
         raise ValueError(
             f"The trajectory was made from a latent of {channels}x{height}x{width} (channels, height, width), but the sampler got {found}: "
-            "start from the LATENT of the injector, or invert a picture of the new size."
+            "start from the LATENT of the node that got the trajectory, or invert a picture of the new size."
         )
     if source.rows not in (1, shape[0]):
         raise ValueError(

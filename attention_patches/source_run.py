@@ -45,8 +45,8 @@ class SourceRun:
         self._taken: dict[Point, Feature] = {}
         self._hooks: dict[Point, Callable] = {}
 
-    def prepare(self, model, noise: Tensor, seed: int | None) -> None:
-        """Process the source's conditioning, alone, once per run. noise: of the user's run, [B, C, H, W]."""
+    def prepare(self, model, noise: Tensor, seed: int | None, latent_image: Tensor | None = None, denoise_mask: Tensor | None = None) -> None:
+        """Process the source's conditioning, alone, once per run. noise, latent_image [B, C, H, W], denoise_mask: of the user's run."""
         clean = self.source.trajectory.latents[0].to(noise.device)
         for name, conditioning in self.source.branches:
             # inpainting and instruction models find their extra channels in latent_image: the source's own picture
@@ -142,7 +142,7 @@ class SourceRun:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, *args, **kwargs)
         place = entries.index(self._entry)
         self._rows = slice(place * batch, (place + 1) * batch)
-        if c_crossattn is not None:
+        if c_crossattn is not None and CONTEXT not in self._taken:
             self._taken[CONTEXT] = Feature(c_crossattn[self._rows].detach().clone(), (c_crossattn.shape[1], 1))
         options = host.options_with_attention_patch(transformer_options, self._capture_attention, {point.kind for point in self._wanted})
         hooks = {(point.part, point.number): self._hook(point) for point in self._wanted if point.kind == "resblock"}
@@ -167,6 +167,9 @@ class SourceRun:
         return n, context, value
 
     def _take(self, point: Point, tensor: Tensor, size: tuple[int, int]) -> None:
+        if point in self._taken:
+            # a later call of the same pass is another node's (PAG, SAG), and disturbed
+            return
         # a copy: later patches and the host itself write into block outputs in place
         self._taken[point] = Feature(tensor[self._rows].detach().clone(), (int(size[0]), int(size[1])))
         if self.stops and point == self._wanted[-1]:

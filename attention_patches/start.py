@@ -14,6 +14,7 @@ from torch import Tensor
 from . import host
 
 SAME_LATENT = 1e-4  # of the largest value; a LATENT on the wire went through the latent scale factor and back
+GOING_ON = 0.9  # of the model's largest noise level: below, a run without added noise is the second part of one
 NEAR_STEP = 0.84  # of the trajectory's first step, see `near_top`
 
 
@@ -63,7 +64,7 @@ def prepare_start(patcher, sources: list, noise: Tensor, latent_image: Tensor, s
         if level == 0 and silent and first > float(source.trajectory.sigmas[1]):
             raise ValueError(
                 f"The sampler starts at noise level {first:.3f} without added noise, but its latent is the clean picture: "
-                "connect the LATENT of the injector, which is that picture's noise."
+                "connect the LATENT of the node that got the trajectory, which is that picture's noise."
             )
         if level:
             return _from_level(patcher, source.trajectory, level, model_sampling, noise, latent_image, sampler, sigmas, denoise_mask)
@@ -75,9 +76,20 @@ def prepare_start(patcher, sources: list, noise: Tensor, latent_image: Tensor, s
     else:
         raise ValueError(
             f"The sampler starts at noise level {first:.3f} while the trajectory starts at {float(low.sigmas[-1]):.3f}: "
-            "set denoise to 1 and start from the LATENT of the injector."
+            "set denoise to 1 and start from the LATENT of the node that got the trajectory."
         )
     return noise, latent_image
+
+
+def check_beginning(patcher, noise: Tensor, sigmas: Tensor) -> None:
+    """For a source that is generated beside the run: says so when the run seems to go on with what an earlier sampler left."""
+    if len(sigmas) == 0 or torch.count_nonzero(noise) > 0:
+        return
+    if float(sigmas[0]) < GOING_ON * float(patcher.get_model_object("model_sampling").sigma_max):
+        host.log.warning(
+            "Palimpsest: this sampler goes on from a half-done latent, so the source starts there too and the windows count its own steps: "
+            "edit in one sampler, or connect a TRAJECTORY."
+        )
 
 
 def _from_level(patcher, trajectory, level, model_sampling, noise, latent_image, sampler, sigmas, denoise_mask):

@@ -13,6 +13,7 @@ import time
 from ._protocol import SEED, highest, peak_in_child, ratio
 
 ROUNDS, WARM_UP = 12, 2
+ROUNDS_LARGE = 4  # one 1024 px picture takes 12 s on two cores
 
 
 def bench(quick: bool) -> dict:
@@ -71,7 +72,7 @@ def measure(quick: bool, cuda: bool, size: int) -> dict:
 
     from ..tests.helpers.seecoder import random_picture
 
-    rounds, warm_up = (2, 1) if quick else (ROUNDS, WARM_UP)
+    rounds, warm_up = (2, 1) if quick else (ROUNDS, WARM_UP) if size < 1024 else (ROUNDS_LARGE, 1)
     peaks = {name: peak_in_child("seecoder", cuda, name, str(int(quick)), str(int(cuda)), str(size)) for name in ("ours", "explicit")}
     ours, network = prepare(quick, cuda, size, explicit=False)
     explicit, _ = prepare(quick, cuda, size, explicit=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 API_FOLDER = ROOT / "workflows" / "api"
-# inputs of the host's own loaders and the models/ folder they read
+# inputs of loaders (the host's and ours) and the models/ folder they read
 MODEL_INPUTS = {
     "ckpt_name": "checkpoints", "lora_name": "loras", "vae_name": "vae", "control_net_name": "controlnet", "unet_name": "diffusion_models",
     "clip_name": "text_encoders", "clip_name1": "text_encoders", "clip_name2": "text_encoders", "style_model_name": "style_models",
-    "gligen_name": "gligen", "hypernetwork_name": "hypernetworks", "photomaker_model_name": "photomaker",
+    "gligen_name": "gligen", "hypernetwork_name": "hypernetworks", "photomaker_model_name": "photomaker", "seecoder_name": "seecoder",
 }
 TITLE = re.compile(r"^(?P<name>[^:\d]+?)\s*(?P<row>\d+)?\s*(?::\s*(?P<caption>.+))?$", re.S)
 

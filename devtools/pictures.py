@@ -18,13 +18,23 @@ SHOWN = {
     "PalimpsestSaveTrajectory": ("mini-trajectory-save", 1, ("input", "film strip")),
     "PalimpsestLoadTrajectory": ("mini-trajectory-load", 1, ("input", "edit")),
     "PalimpsestPnPInjector": ("mini-pnp-background", 1, ("input", "edit")),
-}
-# Nodes that no graph can show before these weights are shipped.
-WAITING = {
-    "PalimpsestSeeCoderLoader": "seecoder", "PalimpsestSeeCoderEncode": "seecoder", "PalimpsestSeeCoderCompare": "seecoder",
+    "PalimpsestP2PController": ("mini-p2p-swap", 1, ("input", "edit", "alignment")),
+    "PalimpsestP2PLocalBlend": ("mini-p2p-refine_blend", 1, ("input", "edit")),
+    "PalimpsestP2PMaskPreview": ("mini-p2p-refine_blend", 1, ("mask of each step",)),
+    "PalimpsestCollectAttentionMaps": ("mini-attention_maps", 1, ("picture",)),
+    "PalimpsestAttentionMapPreview": ("mini-attention_maps", 1, ("attention maps",)),
+    "PalimpsestCollectFeatures": ("mini-attention_maps", 1, ("picture",)),
+    "PalimpsestFeaturePCAPreview": ("mini-attention_maps", 1, ("features",)),
+    "PalimpsestNullTextOptimize": ("mini-null_text", 1, ("input", "reconstruction", "edit", "loss")),
+    "PalimpsestSeeCoderLoader": ("mini-seecoder", 1, ("input", "edit")),
+    "PalimpsestSeeCoderEncode": ("mini-seecoder", 1, ("input", "edit")),
+    "PalimpsestSeeCoderCompare": ("mini-seecoder", 1, ("comparison",)),
+    "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "edit")),
+    "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
 }
 # A graph on a checkpoint that nobody here has shows the pictures of its twin on the mini checkpoint.
-TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert"}
+TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert", "p2p-sd15": "mini-p2p-swap",
+         "p2p_inverted-sd15": "mini-p2p-inverted", "seecoder-sd15": "mini-seecoder", "seecoder_controlnet-sd15": "mini-seecoder-controlnet"}
 CELL, GAP, QUALITY = 256, 8, 88
 THUMBNAIL = 400
 
@@ -113,6 +123,6 @@ def write_all(rows: dict[str, list[Row]]) -> list[Path]:
         files.append(save(thumbnail(for_thumbnail(rows[TWINS.get(path.stem, path.stem)])), WORKFLOWS / f"{path.stem}.jpg"))
     for node, (graph, number, names) in SHOWN.items():
         files.append(save(strip(chosen(rows[graph], number, names)), NODES / f"{node}.jpg"))
-    edits = [row for graph, found in rows.items() if graph.startswith("mini-pnp") for row in found]
+    edits = [row for graph, found in rows.items() if graph.startswith(("mini-pnp", "mini-p2p")) for row in found]
     files.append(save(grid([strip(chosen([row], 1, ("input", "edit"))) for row in edits]), EDITS))
     return files

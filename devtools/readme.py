@@ -5,6 +5,7 @@ from . import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+FOLDED = {"details", "by_edit", "sweep", "rendered", "autoencoded"}  # groups of figures that readers open if they want them
 NONE_YET = "*(no figures committed yet)*"
 
 
@@ -18,15 +19,34 @@ def shown(leaf: dict) -> str:
 
 
 def table(found: dict) -> str:
-    """All figures as a Markdown table; rates are fractions 0..1."""
-    rows = [f"| `{name}` | {shown(leaf)} | {leaf['n']} |" for name, leaf in figures.leaves(found)]
-    return "\n".join(["| figure | value (95 % interval) | n |", "| --- | --- | --- |", *rows]) if rows else NONE_YET
+    """All figures as Markdown tables, the main ones first and the others folded; rates are fractions 0..1."""
+    main, folded = [], []
+    for name, leaf in figures.leaves(found):
+        (folded if FOLDED & set(name.split(".")) else main).append(f"| `{name}` | {shown(leaf)} | {leaf['n']} |")
+    head = ["| figure | value (95 % interval) | n |", "| --- | --- | --- |"]
+    parts = ["\n".join([*head, *main])] if main else [] if folded else [NONE_YET]
+    if folded:
+        # the blank lines are Markdown's, inside of HTML
+        parts.append("\n".join([f"<details><summary>{len(folded)} figures in detail</summary>", "", *head, *folded, "", "</details>"]))
+    return "\n\n".join(parts)
+
+
+def repairs(found: dict) -> str:
+    """The four ways back from an inversion side by side, from the group `inversion_repairs`."""
+    ways = {"ddim": "DDIM, no repair", "negative_prompt": "negative-prompt inversion", "null_text": "Null-Text Optimize", "direct": "P2P Controller with trajectory (direct)"}
+    columns = {"structure_kept": "structure kept", "background_psnr_db": "background PSNR, dB", "edit_success": "edit success", "seconds": "seconds per picture"}
+    if not found:
+        return NONE_YET
+    rows = [f"| {name} | " + " | ".join(shown(found[way][column]) for column in columns) + " |" for way, name in ways.items()]
+    return "\n".join([f"| way back | {' | '.join(columns.values())} |", "| --- |" + " --- |" * len(columns), *rows])
 
 
 def tables() -> dict[str, str]:
     """Name of the marked place -> its content."""
     results = {path.stem: figures.read(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
-    return {"scores": table(figures.read(ROOT / "mini" / "scores.json")), "benchmarks": table(results)}
+    scores = figures.read(ROOT / "mini" / "scores.json")
+    compared = scores.pop("inversion_repairs", {})
+    return {"scores": table(scores), "repairs": repairs(compared), "benchmarks": table(results)}
 
 
 def filled(text: str) -> str:

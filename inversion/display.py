@@ -11,17 +11,23 @@ from comfy_api.latest import ui
 from PIL import Image
 
 
-def show(node, text: str, image=None) -> dict:
-    """UI output of a node class `node`: `text` (also in the history of API users), and `image` [B, H, W, 3] as preview.
-
-    The front end draws returned text for its own nodes only, so the text is also sent the way the host's
-    GetImageSize does; without a running server there is nobody to show it to.
-    """
+def say(node, text: str) -> None:
+    """Show `text` on a node of the class `node` now, while it runs or after; without a running server there is nobody to show it to."""
     server = getattr(sys.modules.get("server"), "PromptServer", None)
     instance = getattr(server, "instance", None)
     node_id = node.hidden.unique_id if node.hidden is not None else None
     if instance is not None and node_id is not None:
         instance.send_progress_text(text, node_id)
+
+
+def show(node, text: str, image=None) -> dict:
+    """UI output of a node class `node`: `text` (also in the history of API users), and `image` [B, H, W, 3] as preview.
+
+    The front end draws returned text for its own nodes only, so the text is also sent the way the host's
+    GetImageSize does.
+    """
+    say(node, text)
+    node_id = node.hidden.unique_id if node.hidden is not None else None
     output = ui.PreviewText(text).as_dict()
     if image is not None:
         output |= ui.PreviewImage(image, cls=node).as_dict()

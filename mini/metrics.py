@@ -13,6 +13,7 @@ from .scenes import ATTRIBUTES, PLACES, Scene, masks
 
 OBJECT_ATTRIBUTES = tuple(a for a in ATTRIBUTES if a not in ("background", "style"))
 STRUCTURE = ("shape", "place", "size")
+EVEN = ("striped", "checked", None)  # None: marks that are none of the grammar's, but of two colors
 
 
 def assign(costs: np.ndarray) -> list[int | None]:
@@ -30,13 +31,23 @@ def match_objects(reading: Reading, scene: Scene) -> list[ReadObject | None]:
     return [None if i is None else reading.objects[i] for i in assign(costs)]
 
 
+def shows(read: ReadObject | None, attribute: str, value: str, style: str | None) -> bool:
+    """Whether a read object shows what a caption names or an edit asked for, `style` being the picture's.
+
+    Filled stripes and checks cover half of an object: red with blue is blue with red, and either color comes first.
+    """
+    if read is not None and style == "flat" and read.pattern in EVEN and attribute in ("color", "color2"):
+        return value in (read.color, read.color2)
+    return holds(read, attribute, value)
+
+
 def match_named(reading: Reading, named: list[dict[str, str]]) -> list[ReadObject | None]:
     """The read object of each of a caption's objects, so that the most named attributes hold.
 
     Ties fall to the object whose place lies nearer to the named one.
     """
     def cost(wanted: dict[str, str], read: ReadObject) -> float:
-        wrong = sum(getattr(read, attribute) != value for attribute, value in wanted.items())
+        wrong = sum(not shows(read, attribute, value, reading.style) for attribute, value in wanted.items())
         if "place" not in wanted:
             return wrong
         (x, y), (a, b) = PLACES[wanted["place"]], PLACES[read.place]
@@ -66,7 +77,7 @@ def against_caption(reading: Reading, named: list[dict[str, str]], scene_named: 
     out: dict[str, list[bool]] = {"count": [len(reading.objects) == len(named)]}
     for read, wanted in zip(match_named(reading, named), named):
         for attribute, value in wanted.items():
-            out.setdefault(attribute, []).append(holds(read, attribute, value))
+            out.setdefault(attribute, []).append(shows(read, attribute, value, reading.style))
     for attribute, value in scene_named.items():
         out[attribute] = [getattr(reading, attribute) == value]
     return out
@@ -79,7 +90,7 @@ def edit_success(reading: Reading, target: Scene, attribute: str, index: int = 0
     """
     if attribute in ("background", "style"):
         return getattr(reading, attribute) == getattr(target, attribute)
-    return holds(match_objects(reading, target)[index], attribute, getattr(target.objects[index], attribute))
+    return shows(match_objects(reading, target)[index], attribute, getattr(target.objects[index], attribute), reading.style)
 
 
 def structure_kept(reading: Reading, source: Scene) -> bool:
@@ -91,23 +102,28 @@ def structure_kept(reading: Reading, source: Scene) -> bool:
 def others_kept(reading: Reading, source: Reading, attribute: str, index: int = 0) -> bool:
     """Whether everything but one attribute (of object `index`, or of the scene) is read as in the source, and no object came or went.
 
-    A second colour belongs to its pattern, so an edit of the pattern may change it.
+    What could not be read in the source is not judged. A second color belongs to its pattern, so an edit of the pattern may change it;
+    of filled even marks (see `shows`) either color comes first.
     """
-    if len(reading.objects) != len(source.objects):
+    if len(reading.objects) != len(source.objects) or any(getattr(reading, name) != getattr(source, name) for name in ("background", "style") if name != attribute):
         return False
     free = {attribute, "color2"} if attribute == "pattern" else {attribute}
     for number, (read, before) in enumerate(zip(match_objects(reading, source), source.objects)):
         own = free if number == index and attribute in OBJECT_ATTRIBUTES else set()
-        if read is None or any(getattr(read, name) != getattr(before, name) for name in OBJECT_ATTRIBUTES if name not in own):
+        judged = [name for name in OBJECT_ATTRIBUTES if name not in own and getattr(before, name) is not None]
+        if any(not shows(read, name, getattr(before, name), reading.style) for name in judged):
             return False
-    return all(getattr(reading, name) == getattr(source, name) for name in ("background", "style") if name != attribute)
+    return True
 
 
 def background_psnr(picture: np.ndarray, source: np.ndarray, reading: Reading, before: Reading) -> float:
-    """PSNR in dB (peak 1) between two pictures [H, W, 3] outside all objects that either shows, with 2 pixels of their rims left out."""
+    """PSNR in dB (peak 1) between two pictures [H, W, 3] outside all objects that either shows.
+
+    One latent cell (8 pixels) around them is left out as well, the finest grain of an edit of latents.
+    """
     shown = np.zeros(picture.shape[:2], bool)
     for read in (*reading.objects, *before.objects):
-        shown |= ndimage.binary_dilation(read.mask, iterations=2)
+        shown |= ndimage.binary_dilation(read.mask, iterations=8)
     error = float(((picture - source)[~shown] ** 2).mean()) if not shown.all() else 0.0
     return -10.0 * math.log10(max(error, 1e-10))
 

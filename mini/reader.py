@@ -2,7 +2,8 @@
 
 The border gives the background, what differs from it gives the objects, and each object is explained by the drawing of
 `scenes` (shape, pattern, style) that leaves the least error once its two colours are solved by linear least squares.
-Deterministic, and honest about failures: a blob that no drawing explains comes back with `shape` None. The fit of one
+Deterministic, and honest about failures: a blob that no drawing explains comes back with `shape` None, and every name has
+evidence of its own: the silhouette for the shape, its own pixels for a colour. The fit of one
 object lives in `reader_fit`.
 """
 
@@ -25,7 +26,8 @@ RING = 3  # pixels, width of the border that shows the background
 
 @dataclass(frozen=True, eq=False)
 class ReadObject:
-    """One object as read. Names are None where no drawing explains the pixels; `color2` is "" for a plain fill.
+    """One object as read. Names are None where no drawing explains the pixels; `color2` is "" for a plain fill. Where only the marks inside
+    are unlike any drawing, pattern is None, the silhouette gives the shape, and outline or fill the color(s).
 
     cx, cy, radius: pixels. tilt: radians. rgb, rgb2: 0..1, None like their names. mask: bool [H, W], the silhouette as the
     pixels show it. residual: RMS error of the best drawing in units of the part's RMS contrast with the background.

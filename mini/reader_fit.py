@@ -17,7 +17,11 @@ from scipy import ndimage
 from .scenes import COLORS, LINE, PATTERNS, SHAPES, STYLES, coverage, inside_distance, marks, polygon
 
 OVERLAP = 0.8  # IoU of the part and the drawing's silhouette, below which the same holds
-LIMIT = 0.5  # RMS error, in units of the part's RMS contrast, above which a part is nothing the grammar can draw
+LIMIT = 0.5  # RMS error, in units of the part's RMS contrast, above which no drawing explains a part as a whole
+OUTER = 0.9  # IoU above which the silhouette alone says the shape of such a part
+MOTTLED = 0.25  # RMS error of a plain fill above which two colours are looked for in it
+SHARE = 0.2  # of a part's pixels that each of them takes at least
+SCATTER = 0.35  # RMS distance of its pixels from either, in units of the distance between the two, at most
 GRAY = 0.12  # below this saturation a colour has no name
 APART = 0.15  # RGB distance that two colours of one pattern keep at least
 FAINT = 0.15  # marks show at least this fraction of the first colour's contrast
@@ -34,7 +38,10 @@ BANK_SIDE, BANK_REACH, BANK_TILTS = 40, 1.15, np.linspace(-0.24, 0.24, 9)
 
 @dataclass(frozen=True)
 class Fit:
-    """The best drawing of one style for one part. `cost` is a mean squared error with its penalties, to compare styles by."""
+    """The best drawing of one style for one part. `cost` is a mean squared error with its penalties, to compare styles by.
+
+    Where the marks inside are none of the grammar's, `pattern` is None, and what the rest shows is named.
+    """
 
     shape: str | None
     color: str | None
@@ -203,6 +210,37 @@ class Patch:
         drawn = self.frame(shape, p)[0] > 0
         return float((drawn & self.mask).sum() / (drawn | self.mask).sum())
 
+    def first_color(self, layers: np.ndarray, colors: np.ndarray, residual: np.ndarray) -> tuple:
+        """The first colour 0..1, alone in a tuple, if it explains its own pixels, whatever is drawn between them; else nothing."""
+        core = (layers[0] > 0.8)[self.keep]
+        if core.sum() < 12:
+            return ()
+        rms = float(np.sqrt((residual[core] ** 2).sum(1).mean()))
+        return (self.core_colors(layers, colors)[0],) if rms <= LIMIT * np.linalg.norm(colors[0]) else ()
+
+    def two_colors(self, shape: str, p) -> tuple:
+        """The two colours 0..1 that a mottled fill consists of, the more frequent first (two means of its pixels); nothing where it is not two."""
+        pixels = self.target[(self.frame(shape, p)[0] > 1.5)[self.keep]]
+        if len(pixels) < 50:
+            return ()
+        centred = pixels - pixels.mean(0)
+        first = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1] > 0
+        for _ in range(8):
+            if not SHARE <= first.mean() <= 1 - SHARE:
+                return ()
+            means = np.stack([pixels[~first].mean(0), pixels[first].mean(0)])
+            first = ((pixels - means[1]) ** 2).sum(1) < ((pixels - means[0]) ** 2).sum(1)
+        if not SHARE <= first.mean() <= 1 - SHARE:
+            return ()
+        # medians, because what lies between two marks is a mixture
+        means = np.stack([np.median(pixels[~first], 0), np.median(pixels[first], 0)])
+        apart = float(np.linalg.norm(means[0] - means[1]))
+        scatter = float(np.sqrt(((pixels - means[first.astype(int)]) ** 2).sum(1).mean()))
+        if apart < 2 * APART or scatter > SCATTER * apart:
+            return ()
+        order = (1, 0) if first.mean() > 0.5 else (0, 1)
+        return tuple((means[i] + self.background).clip(0, 1) for i in order)
+
     def core_colors(self, layers: np.ndarray, colors: np.ndarray) -> list[np.ndarray]:
         """Colours 0..1 of the layers, from the core of each where it has one: what an edge mixes would shift the hue."""
         out = []
@@ -269,9 +307,16 @@ def fit_object(image: np.ndarray, background, mask: np.ndarray, others: np.ndarr
         colors, residual = patch.solve(layers)
         rms = float(np.sqrt((residual**2).sum() / patch.total))
         cx, cy, radius, tilt = (float(x) for x in p)
-        if rms > LIMIT or patch.overlap(shape, p) < OVERLAP:
-            fits[style] = Fit(None, None, None, None, cx, cy, radius, tilt, None, None, rms, cost)
-            continue
+        overlap = patch.overlap(shape, p)
+        if rms > LIMIT or overlap < OVERLAP or (pattern == "plain" and style == "flat" and rms > MOTTLED):
+            known = overlap >= (OUTER if rms > LIMIT else OVERLAP)
+            found = () if not known else patch.two_colors(shape, p) if style == "flat" else patch.first_color(layers, colors, residual)
+            if found or rms > LIMIT or not known:
+                names = [color_name(rgb, patch.background if len(found) == 1 else found[1 - i]) for i, rgb in enumerate(found)]
+                color, color2 = [*names, None, None][:2]
+                rgb, rgb2 = [*(tuple(float(x) for x in c) for c in found), None, None][:2]
+                fits[style] = Fit(shape if known else None, color, None, color2, cx, cy, radius, tilt, rgb, rgb2, rms, cost)
+                continue
         rgb, rgb2 = [*patch.core_colors(layers, colors), None][:2]
         # What lies beside: the ground for lines, the other colour for a filled pattern.
         beside = [patch.background] * 2 if style == "outline" or rgb2 is None else [rgb2, rgb]

@@ -26,7 +26,10 @@ class CollectAttentionMaps(io.ComfyNode):
             node_id="PalimpsestCollectAttentionMaps",
             display_name="Collect Attention Maps",
             category="Palimpsest/views",
-            description="Notes during the sampler's run where each word of the positive prompt is looked at. The picture stays bit for bit the same. Show them with Attention Map Preview.",
+            description=(
+                "Notes during the sampler's run where each word of the positive prompt is looked at. The picture stays bit for bit the same. "
+                "Show them with Attention Map Preview."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL."),
                 io.Clip.Input("clip", tooltip="The text encoder of the positive prompt."),
@@ -64,7 +67,7 @@ class AttentionMapPreview(io.ComfyNode):
                 MapsType.Input("maps", tooltip="From Collect Attention Maps."),
                 io.Latent.Input("latent", tooltip="The sampler's result: makes this node run after it."),
                 io.Image.Input("image", tooltip="The decoded result, drawn under the maps."),
-                io.Int.Input("columns", default=5, min=1, max=16, tooltip="Pictures per row of the sheet."),
+                io.Int.Input("columns", default=5, min=1, max=16, step=1, tooltip="Pictures per row of the sheet."),
             ],
             outputs=[
                 io.Image.Output("sheet", display_name="sheet", tooltip="The picture and one heat map per word, each scaled to its own maximum, which is given."),

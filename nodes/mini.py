@@ -1,4 +1,4 @@
-"""Mini Checkpoint and Mini Scene: schema and wiring."""
+"""Mini Checkpoint, Mini Scene, Mini ControlNet and Mini Outline: schema and wiring."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from ..inversion.display import show
 from ..mini import checkpoint
 from ..mini.captions import caption as caption_of
 from ..mini.parse import parse, restate, scene_for
-from ..mini.scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES, SIZES, STYLES, Scene, edited, masks, render, sample_scene
+from ..mini.scenes import BACKGROUNDS, COLORS, PATTERNS, SHAPES, SIZES, STYLES, Scene, edited, masks, outline, render, sample_scene
 
 DEFAULT = "text_to_image"
 EDITS = {"color": COLORS, "color2": COLORS, "pattern": PATTERNS, "background": BACKGROUNDS, "style": STYLES, "shape": SHAPES, "size": SIZES}
 OF_SCENE = ("background", "style")
 NONE, AUTO = "none", "auto"
+
+
+def _state(*stems: str) -> str:
+    """Time and size of shipped weight files, None for one that is not there."""
+    files = (checkpoint.WEIGHTS / f"{stem}.safetensors" for stem in stems)
+    return str([(file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None for file in files])
 
 
 class MiniCheckpoint(io.ComfyNode):
@@ -55,8 +61,7 @@ class MiniCheckpoint(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name):
         """Weights that were trained anew are loaded anew."""
-        files = (checkpoint.WEIGHTS / f"{stem}.safetensors" for stem in (name, "autoencoder"))
-        return str([(file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None for file in files])
+        return _state(name, "autoencoder")
 
 
 def to_tensor(scene: Scene) -> torch.Tensor:
@@ -190,4 +195,47 @@ class MiniScene(io.ComfyNode):
         return restate(scene, named, whole, seed)
 
 
-NODES = [MiniCheckpoint, MiniScene]
+class MiniControlNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PalimpsestMiniControlNet",
+            display_name="Mini ControlNet",
+            category="Palimpsest/mini",
+            description=(
+                "Loads the ControlNet of the mini checkpoint: it draws objects where white outlines on black say. "
+                "Connect it to Apply ControlNet with the outline picture of Mini Outline."
+            ),
+            inputs=[],
+            outputs=[io.ControlNet.Output("control_net", display_name="control_net", tooltip="For Apply ControlNet, with the models of Mini Checkpoint only.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(checkpoint.load_controlnet())
+
+    @classmethod
+    def fingerprint_inputs(cls):
+        """Weights that were trained anew are loaded anew."""
+        return _state("controlnet")
+
+
+class MiniOutline(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PalimpsestMiniOutline",
+            display_name="Mini Outline",
+            category="Palimpsest/mini",
+            description="Outlines of silhouettes, white on black: the hint that the mini ControlNet was trained with. Connect the masks of Mini Scene, or a mask of your own.",
+            inputs=[io.Mask.Input("masks", tooltip="One silhouette per object, as Mini Scene gives them; all of them are drawn into one hint.")],
+            outputs=[io.Image.Output("hint", display_name="hint", tooltip="One picture of the masks' size, for Apply ControlNet.")],
+        )
+
+    @classmethod
+    def execute(cls, masks) -> io.NodeOutput:
+        lines = outline(masks.reshape(-1, *masks.shape[-2:]).cpu().numpy())
+        return io.NodeOutput(torch.from_numpy(lines)[None, :, :, None].expand(-1, -1, -1, 3).contiguous())
+
+
+NODES = [MiniCheckpoint, MiniScene, MiniControlNet, MiniOutline]

@@ -23,6 +23,13 @@ def _fraction(name: str, default: float, tooltip: str):
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
 
 
+def repeated(latent: dict, times: int) -> dict:
+    """A LATENT of one picture as a batch of so many; others as they are."""
+    if latent["samples"].shape[0] > 1 or times == 1:
+        return latent
+    return {**latent, **{key: latent[key].expand(times, *latent[key].shape[1:]).clone() for key in ("samples", "noise_mask") if key in latent and latent[key].shape[0] == 1}}
+
+
 class P2PController(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -37,7 +44,12 @@ class P2PController(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, with or without LoRA and other patches, before or after this node."),
                 io.Clip.Input("clip", tooltip="Text encoder of the same checkpoint; both prompts are encoded with it."),
-                io.String.Input("source_prompt", multiline=True, default="", tooltip="What the picture shows before the edit. For an inverted picture: the prompt it was inverted with."),
+                io.String.Input(
+                    "source_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What the picture shows before the edit. For an inverted picture: the prompt it was inverted with.",
+                ),
                 io.String.Input(
                     "edit_prompt",
                     multiline=True,
@@ -54,7 +66,11 @@ class P2PController(io.ComfyNode):
                 _fraction("cross_start", 0.0, "Where word attention begins to be the source's, as a share of the run from the noisy end (0 to 1). 0 is published."),
                 _fraction("cross_end", 0.8, "Where word attention becomes the edit's own (0 to 1). 0.8 is published; 0.4 to 0.8 is useful, lower gives new words more freedom."),
                 _fraction("self_start", 0.0, "Where self-attention begins to be the source's (0 to 1). 0 is published."),
-                _fraction("self_end", 0.4, "Where self-attention becomes the edit's own (0 to 1). 0.2 to 0.7 is useful: this holds shapes and layout most; lower it to change a shape or pose."),
+                _fraction(
+                    "self_end",
+                    0.4,
+                    "Where self-attention becomes the edit's own (0 to 1). 0.2 to 0.7 is useful: this holds shapes and layout most; lower it to change a shape or pose.",
+                ),
                 io.String.Input(
                     "word_schedule",
                     default="",
@@ -78,7 +94,8 @@ class P2PController(io.ComfyNode):
                     "tail",
                     options=["aligned", "published"],
                     default="aligned",
-                    tooltip="replace only, when a swapped word has another number of tokens: aligned keeps the words after it on their own tokens; published leaves them shifted, as the authors' code does.",
+                    tooltip="replace only, when a swapped word has another number of tokens: aligned keeps the words after it on their own tokens; "
+                    "published leaves them shifted, as the authors' code does.",
                 ),
                 TrajectoryType.Input(
                     "trajectory",
@@ -98,7 +115,11 @@ class P2PController(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("edited_model", display_name="model", tooltip="The model with the edit, for any sampler; euler and ddim are exact."),
+                io.Model.Output(
+                    "edited_model",
+                    display_name="model",
+                    tooltip="The model with the edit. euler and ddim are exact; without a trajectory samplers that add noise are refused.",
+                ),
                 io.Conditioning.Output("positive", display_name="positive", tooltip="The edit prompt: the sampler's positive, directly or through ControlNet and area nodes."),
                 io.Conditioning.Output("source_conditioning", display_name="source", tooltip="The source prompt, for DDIM Invert or as negative (negative-prompt inversion)."),
                 io.Latent.Output("start", display_name="latent", tooltip="With a trajectory: its noise, to start the sampler from."),
@@ -121,7 +142,7 @@ class P2PController(io.ComfyNode):
         ground = float(pictures[0][0, 0, 0, 0])
         alignment = torch.cat([torch.nn.functional.pad(picture, (0, 0, 0, width - picture.shape[2], 0, height - picture.shape[1]), value=ground) for picture in pictures])
         # apply_p2p has checked that the model is the trajectory's
-        start = ExecutionBlocker(NO_START) if trajectory is None else start_latent(trajectory, model, check=False)
+        start = ExecutionBlocker(NO_START) if trajectory is None else repeated(start_latent(trajectory, model, check=False), len(found.plans))
         return io.NodeOutput(found.model, found.positive, found.source, start, found.report, alignment, ui=show(cls, found.report, alignment))
 
 
@@ -139,7 +160,7 @@ class P2PLocalBlend(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model of a P2P Controller."),
                 io.String.Input("words", default="", tooltip="Words of the edit prompt whose place may change: lion, mane. Not needed with a mask."),
-                io.String.Input("source_words", default="", tooltip="The words of the source prompt that stood there: cat. Empty: those of the edit prompt that both prompts have."),
+                io.String.Input("source_words", default="", tooltip="The words of the source prompt that stood there: cat. Empty: those of words that the source prompt has too."),
                 io.String.Input("subtract", default="", tooltip="Words of either prompt whose place must not change, cut out of the mask: grass, sky."),
                 _fraction("threshold", 0.3, "Share of a word map's maximum above which a place belongs to it (0 to 1). 0.3 is published; higher makes the mask smaller."),
                 _fraction("subtract_threshold", 0.3, "The same for subtracted words (0 to 1)."),
@@ -170,7 +191,7 @@ class P2PMaskPreview(io.ComfyNode):
                 BlendMasksType.Input("masks", tooltip="From P2P Local Blend."),
                 io.Latent.Input("latent", tooltip="The sampler's result: makes this node run after it."),
                 io.Image.Input("image", tooltip="The decoded result, drawn under the masks."),
-                io.Int.Input("columns", default=8, min=1, max=32, tooltip="Steps shown, spread evenly over the run."),
+                io.Int.Input("columns", default=8, min=1, max=32, step=1, tooltip="Steps shown, spread evenly over the run."),
             ],
             outputs=[
                 io.Image.Output("preview", display_name="preview", tooltip="The picture under the mask of each step shown."),

@@ -57,7 +57,10 @@ def split_prompts(text: str) -> list[str]:
             prompts.append([])
         else:
             prompts[-1].append(line)
-    return ["\n".join(lines).strip() for lines in prompts]
+    found = ["\n".join(lines).strip() for lines in prompts]
+    while len(found) > 1 and not found[-1]:
+        found.pop()  # a separator after the last prompt
+    return found
 
 
 def encode(clip, prompts: list[str]) -> list:
@@ -71,7 +74,10 @@ def encode(clip, prompts: list[str]) -> list:
     for parts in zip(*encoded):
         lengths = sorted({int(tokens.shape[1]) for tokens, _ in parts})
         if len(lengths) > 1:
-            raise ValueError(f"The edit prompts need {' and '.join(map(str, lengths))} text tokens, but a batch shares one length: shorten the long ones, or use one controller per edit prompt.")
+            raise ValueError(
+                f"The edit prompts need {' and '.join(map(str, lengths))} text tokens, but a batch shares one length: "
+                "shorten the long ones, or use one controller per edit prompt."
+            )
         extra = dict(parts[0][1])
         if extra.get("pooled_output") is not None:
             extra["pooled_output"] = torch.cat([options["pooled_output"] for _, options in parts])
@@ -79,7 +85,9 @@ def encode(clip, prompts: list[str]) -> list:
     return joined
 
 
-def apply_p2p(model, clip, source_prompt: str, edit_prompt: str, settings: Settings, *, trajectory=None, source_conditioning: list | None = None, bank_device: str = "auto") -> Controlled:
+def apply_p2p(
+    model, clip, source_prompt: str, edit_prompt: str, settings: Settings, *, trajectory=None, source_conditioning: list | None = None, bank_device: str = "auto"
+) -> Controlled:
     """A clone of `model` that edits what it generates from the edit prompt after the attention of the source prompt.
 
     model: ModelPatcher; clip: its CLIP. trajectory: of the picture to edit (inversion.trajectory.Trajectory), None for the picture that the source
@@ -106,19 +114,23 @@ def apply_p2p(model, clip, source_prompt: str, edit_prompt: str, settings: Setti
     )
     positive = encode(clip, prompts)
     source = encode(clip, [source_prompt]) if source_conditioning is None else source_conditioning
-    check_conditioning(source, host.token_width(model), "source")
-    if any(tokens.shape[1] != source_tokens.length for tokens, _ in source):
+    if source_conditioning is None and any("hooks" in extra for _, extra in source) and trajectory is not None:
+        raise ValueError("The CLIP carries hooks (Set CLIP Hooks), but an inverted source is run without them: connect the CLIP from before that node.")
+    if source_conditioning is not None or trajectory is not None:
+        check_conditioning(source, host.token_width(model), "source")
+    if any(tokens is not None and tokens.shape[1] != source_tokens.length for tokens, _ in source):
         raise ValueError(f"The source conditioning has other text tokens than the source prompt, which has {source_tokens.length}: connect an encoding of the same prompt.")
     report = [plan.describe() for plan in plans]
+    mark = uuid.uuid4().hex
+    # marked even when nothing is installed: in a chain of controllers this prompt is no stranger then
+    marked = [[tokens, {**extra, host.MARK: mark}] for tokens, extra in positive]
     if all(plan.neutral for plan in plans):
         report.append("no effect: nothing is installed, because the prompts and settings leave nothing to edit")
         host.log.info("Palimpsest: P2P has nothing to edit with these prompts and settings, the model is left as it is.")
-        return Controlled(model, positive, source, "\n\n".join(report), plans)
-    mark = uuid.uuid4().hex
-    marked = [[tokens, {**extra, host.MARK: mark}] for tokens, extra in positive]
+        return Controlled(model, marked, source, "\n\n".join(report), plans)
     branches = ((BRANCH, source),)
     edit = P2PEdit(
-        source=CoevolvingSource(None, branches) if trajectory is None else Source(trajectory, branches),
+        source=CoevolvingSource(None, branches, source_conditioning is None) if trajectory is None else Source(trajectory, branches),
         bank_device=bank_device,
         plans=plans,
         mark=mark,
@@ -138,7 +150,8 @@ def _of(values: dict, target, targets: list) -> dict:
 def _installed(edit: P2PEdit, layers, trajectory, source: list) -> str:
     lines = [f"model: {layers.architecture}", f"cross-attention: {len(layers.points('attn2'))} layers are edited"]
     if trajectory is None:
-        lines.append(f"self-attention: maps up to {edit.self_share:g} of the latent's sides, never below 8 x 8 (the log names the size)")
+        sizes = ", ".join(f"{side[0]} x {side[1]} at {pixels} px" for pixels in (512, 1024) for side in [small_self_points(layers, (pixels // 8, pixels // 8), edit.self_share)[1]])
+        lines.append(f"self-attention: maps up to {edit.self_share:g} of the latent's sides ({sizes}), never below 8 x 8; the log names the size of each run")
         lines.append("source: generated beside the run, from the same noise and with the run's guidance; exact under euler and ddim, the euler picture of this seed under others")
         return "\n".join(lines)
     small, limit = small_self_points(layers, tuple(trajectory.latents.shape[-2:]), edit.self_share)

@@ -19,7 +19,7 @@ from ..attention_patches.source import CoevolvingSource
 from .edit import P2PEdit, P2PRun, step_of
 
 MAP_HALVINGS = 2  # word maps are read at 1/4 of the latent's sides: 16 x 16 at 512 px
-SMALLEST_MAP = 8  # and at fewer halvings where that would be smaller than this
+SMALLEST_MAP = 16  # and at fewer halvings where that would be smaller than the published 16 x 16
 
 
 def map_halvings(latent: tuple[int, int]) -> int:
@@ -81,14 +81,29 @@ class LocalBlend(Edit):
     def check(self, guider: Any, sampler: Any, info: RunInfo) -> None:
         if solver_of(sampler) is not Solver.EULER:
             raise ValueError(f"P2P Local Blend needs a sampler of first order, but the sampler is {sampler_name(sampler)}: choose euler or ddim, or remove the blend.")
+        own = self.edit.own_entries(guider)
+        if self.user_mask is None and own and all("area" in entry for entry in own):
+            raise ValueError(
+                "P2P Local Blend reads its words where they are in the whole picture, but the controller's positive is limited to an area: "
+                "connect a mask to the blend in place of words."
+            )
+        if self.user_mask is not None and self.user_mask.shape[0] not in (1, info.latent_shape[0]):
+            raise ValueError(
+                f"P2P Local Blend got {self.user_mask.shape[0]} masks, but the sampler got {info.latent_shape[0]} latents: "
+                "connect one mask for all, or one per latent."
+            )
+
+    def takes_part(self, guider: Any) -> bool:
+        return self.edit.takes_part(guider)
 
     def for_run(self, info: RunInfo) -> "LocalBlendRun":
-        p2p = self.edit.for_run(info)
+        p2p = self.edit.bound(info)
         halvings = map_halvings(info.latent_shape[-2:])
         maps = frozenset(point for point in p2p.crosses if self.edit.layers.halvings[(point.part, point.number)] == halvings)
         if self.user_mask is not None:
             maps = frozenset()
-        return LocalBlendRun(source=self.source, bank_device=self.bank_device, blend=self, p2p=p2p, maps=maps, run_levels=info.sigmas.detach().cpu(), size=tuple(info.latent_shape[-2:]))
+        levels, size = info.sigmas.detach().cpu(), tuple(info.latent_shape[-2:])
+        return LocalBlendRun(source=self.source, bank_device=self.bank_device, blend=self, p2p=p2p, maps=maps, run_levels=levels, size=size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +117,9 @@ class LocalBlendRun(Edit):
     size: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
-        # word maps by noise level and point, [B, h, w, K]; summed over all noise levels so far
-        object.__setattr__(self, "_seen", {})
+        # word maps [B, h, w, K] by point, summed over all noise levels so far; and the levels that were seen there
+        object.__setattr__(self, "_sums", {})
+        object.__setattr__(self, "_seen", set())
 
     @property
     def collector(self):
@@ -118,10 +134,11 @@ class LocalBlendRun(Edit):
     def attend(self, point: Point, q: Tensor, k: Tensor, v: Tensor, source: SourceRows, attention: Attention) -> Tensor:
         mine = self.p2p.mine(source)
         place = mine.index(True) if any(mine) else None
-        level = self._seen.setdefault(source.sigma, {})
         # the first call at a noise level counts: later ones may be disturbed (PAG)
-        if place is not None and point not in level and source.chunks[place].whole:
-            level[point] = self._maps(q.chunk(len(mine))[place], k.chunk(len(mine))[place], place, source, attention)
+        if place is not None and (source.sigma, point) not in self._seen and source.chunks[place].whole:
+            self._seen.add((source.sigma, point))
+            maps = self._maps(q.chunk(len(mine))[place], k.chunk(len(mine))[place], place, source, attention)
+            self._sums[point] = self._sums[point] + maps if point in self._sums else maps
         return attention.below(q, k, v)
 
     def _maps(self, q: Tensor, k: Tensor, place: int, source: SourceRows, attention: Attention) -> Tensor:
@@ -163,13 +180,9 @@ class LocalBlendRun(Edit):
         if blend.user_mask is not None:
             mask = torch.nn.functional.interpolate(blend.user_mask[:, None].float(), size=self.size, mode="area")
             return mask.expand(x.shape[0], -1, -1, -1) if mask.shape[0] == 1 else mask
-        layers: dict[Point, Tensor] = {}
-        for level in self._seen.values():
-            for point, maps in level.items():
-                layers[point] = layers[point] + maps if point in layers else maps
-        if not layers:
+        if not self._sums:
             return None
-        own, *rest = torch.stack(list(layers.values())).mean(0).unbind(-1)
+        own, *rest = torch.stack(list(self._sums.values())).mean(0).unbind(-1)
         groups = 2 if blend.target_out is not None else 1
         sources = rest[groups - 1 :]
         mask = blend_mask(own, self.size, blend.thresholds[0], blend.pool) | blend_mask(sources[0], self.size, blend.thresholds[0], blend.pool)
@@ -182,7 +195,10 @@ def check_blendable(edits: tuple) -> P2PEdit:
     """The P2P edit among a MODEL's edits that a blend belongs to: the last one. Raises ValueError, one sentence, when there is none."""
     found = [edit for edit in edits if isinstance(edit, P2PEdit)]
     if not found:
-        raise ValueError("P2P Local Blend limits the edit of a P2P Controller, but the connected model has none: connect the controller's MODEL (an edit that changes nothing installs nothing).")
+        raise ValueError(
+            "P2P Local Blend limits the edit of a P2P Controller, but the connected model has none: "
+            "connect the controller's MODEL (an edit that changes nothing installs nothing)."
+        )
     if isinstance(found[-1].source, CoevolvingSource):
         host.log.info("Palimpsest: the local blend keeps the source running to the last step.")
     return found[-1]

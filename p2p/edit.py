@@ -18,6 +18,7 @@ from ..attention_patches.blocks import Point, UNetLayers
 from ..attention_patches.edit import Attention, Edit, RunInfo, SourceRows
 from ..attention_patches.pnp import BRANCH
 from ..attention_patches.rows import LayoutMismatch
+from ..attention_patches.source import CoevolvingSource
 
 SMALLEST_SIDE = 8  # self-attention of maps up to 8 x 8 is always small
 
@@ -66,10 +67,9 @@ class P2PEdit(Edit):
         count, latents = len(self.plans), info.latent_shape[0]
         if count not in (1, latents):
             raise ValueError(f"The P2P Controller holds {count} edit prompts, but the sampler got {latents} latents: give it one latent per edit prompt.")
-        entries = guider.conds.get("positive", [])
-        own = [entry for entry in entries if entry.get(host.MARK) == self.mark]
+        own = self.own_entries(guider)
         if not own:
-            if any(entry.get(host.MARK) for entry in entries):
+            if any(entry.get(host.MARK) for entry in guider.conds.get("positive", [])):
                 host.log.info("Palimpsest: the edit prompt of one P2P Controller is not among the sampler's positive conditioning, so that edit is idle.")
                 return
             raise ValueError(
@@ -81,13 +81,49 @@ class P2PEdit(Edit):
             tokens = entry.get("cross_attn")
             if tokens is not None and tokens.shape[1] != expected:
                 raise ValueError(
-                    f"The positive conditioning has {tokens.shape[1]} text tokens, but the edit prompt has {expected}: connect the controller's positive without joining other prompts to it."
+                    f"The positive conditioning has {tokens.shape[1]} text tokens, but the edit prompt has {expected}: "
+                    "connect the controller's positive without joining other prompts to it."
                 )
 
+        self._check_layers(info)
+        if self.schedule is not None and not all(bool(((self.schedule / level - 1.0).abs() <= host.SAME_SIGMA).any()) for level in info.sigmas[:-1].cpu() if level > 0):
+            host.log.info(
+                "Palimpsest: the sampler visits other noise levels than the trajectory has: the source is interpolated, "
+                "it is exact on the trajectory's own steps and scheduler."
+            )
+
+    def _check_layers(self, info: RunInfo) -> None:
+        run = self.bound(info)
+        steps = len(run.levels) - 1
+        if not run.small and any(plan.self_active(step, steps) for plan in self.plans for step in range(steps)):
+            height, width = info.latent_shape[-2:]
+            smallest = min((self.layers.size((point.part, point.number), (height, width)) for point in self.layers.points("attn1")), key=math.prod)
+            raise ValueError(
+                f"The self-attention window is open, but the smallest map of this model at this size is {smallest[0]} x {smallest[1]}: "
+                f"raise self_limit to {max(smallest[0] / height, smallest[1] / width):g} or more, or set self_end to 0."
+            )
+
+    def own_entries(self, guider: Any) -> list[dict]:
+        """The run's positive conditioning that came from this edit's node."""
+        return [entry for entry in guider.conds.get("positive", []) if entry.get(host.MARK) == self.mark]
+
+    def takes_part(self, guider: Any) -> bool:
+        return bool(self.own_entries(guider))
+
+    @property
+    def one_picture(self) -> bool:
+        return len(self.plans) > 1 and isinstance(self.source, CoevolvingSource)
+
     def for_run(self, info: RunInfo) -> "P2PRun":
+        run = self.bound(info)
+        limit = small_self_points(self.layers, info.latent_shape[-2:], self.self_share)[1]
+        host.log.info("Palimpsest: P2P edits %d cross-attentions and the %d self-attentions of maps up to %d x %d.", len(run.crosses), len(run.small), *limit)
+        return run
+
+    def bound(self, info: RunInfo) -> "P2PRun":
+        """The edit with a run's noise levels and latent size."""
         levels = info.sigmas.detach().cpu() if self.schedule is None else self.schedule.flip(0)
-        small, limit = small_self_points(self.layers, info.latent_shape[-2:], self.self_share)
-        host.log.info("Palimpsest: P2P edits %d cross-attentions and the %d self-attentions of maps up to %d x %d.", len(self.layers.points("attn2")), len(small), *limit)
+        small, _ = small_self_points(self.layers, info.latent_shape[-2:], self.self_share)
         return P2PRun(source=self.source, bank_device=self.bank_device, edit=self, levels=levels, small=small, crosses=self.layers.points("attn2"))
 
 
@@ -131,9 +167,11 @@ class P2PRun(Edit):
         if not any(mine):
             return n, context, value
         if point.kind == "attn1":
-            # A_source V: q and k are the source's
-            q, k = (torch.cat([source.of(BRANCH, i) if own else rows for i, (own, rows) in enumerate(zip(mine, x.chunk(len(mine))))]) for x in (n, context))
-            return q, k, value
+            # A_source V: q and k are the source's, but for prompts of the batch that leave self-attention alone
+            step, steps = step_of(source.sigma, self.levels), len(self.levels) - 1
+            active = torch.tensor([plan.self_active(step, steps) for plan in self.edit.plans], device=n.device)[:, None, None]
+            chunks = ([torch.where(active, source.of(BRANCH, i), rows) if own else rows for i, (own, rows) in enumerate(zip(mine, x.chunk(len(mine))))] for x in (n, context))
+            return *(torch.cat(rows) for rows in chunks), value
         mapping, kept = self.at(source.sigma)
         if (mapping is None) == (kept is None):
             return n, context, value  # nothing, or two maps: see attend

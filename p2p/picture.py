@@ -125,7 +125,9 @@ def _draw_band(plan: AlignmentPlan, pen: _Pen, row: list[Block], y: int) -> None
             pen.centred((left + right) / 2, y + TARGET + 2, report.token_label(plan.target, target), LIGHT)
             if factor != 1.0:
                 pen.centred((left + right) / 2, y + FACTOR, f"x{factor:g}", SCALED, SMALL)
-            places.append((plan.target.tokens[target].word, left, right))
+            word = plan.target.tokens[target].word
+            if target in plan.target.spoken(word):
+                places.append((word, left, right))
     for word, group in groupby(places, key=lambda place: place[0]):
         group = list(group)
         _bar(pen, fates[word], group[0][1], group[-1][2], y)
@@ -144,7 +146,7 @@ def _bar(pen: _Pen, fate: report.Fate, left: float, right: float, y: int) -> Non
 
 
 def _legend(plan: AlignmentPlan, pen: _Pen, y: int) -> None:
-    x = MARGIN
+    x = pen.write(MARGIN, y, "source above, edit below", LIGHT, SMALL) + 20
     for color, text in ((COPIED, "copied from the source"), (OWN, "own"), (SCALED, "scaled"), (DIM, "not taken over")):
         pen.fill((x, y + 2, x + 12, y + 14), color)
         x = pen.write(x + 18, y, text, LIGHT, SMALL) + 20

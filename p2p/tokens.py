@@ -98,11 +98,11 @@ class PromptTokens:
         exact = _occurrences(wanted, self.words)
         if exact:
             return tuple(sorted(position for index in exact for position in self.by_word[index]))
-        loose = _occurrences([_plain(part) for part in wanted], [_plain(part) for part in self.words])
-        return tuple(sorted(position for index in loose for position in self._spoken(index)))
+        loose = _occurrences([bare(part).casefold() for part in wanted], [bare(part).casefold() for part in self.words])
+        return tuple(sorted(position for index in loose for position in self.spoken(index)))
 
-    def _spoken(self, index: int) -> tuple[int, ...]:
-        """Positions of a word without the punctuation around it."""
+    def spoken(self, index: int) -> tuple[int, ...]:
+        """Positions of the word of this index without the punctuation around it; all of them if it is nothing else."""
         found = self.by_word[index]
         voiced = [k for k, position in enumerate(found) if not all(_is_punctuation(letter) for letter in self.tokens[position].text)]
         return found[voiced[0]:voiced[-1] + 1] if voiced else found
@@ -191,8 +191,8 @@ def _chunks(found) -> list:
                for name in names]
     for name, layout in zip(names[1:], layouts[1:]):
         if layout != layouts[0]:
-            raise ValueError(f"The encoders {names[0]} and {name} of this CLIP split the prompt differently ({len(layouts[0])} and {len(layout)} positions), so its words "
-                             "have no single place; use textual inversions that have as many vectors for both, and tokenizers of one length.")
+            raise ValueError(f"The encoders {names[0]} and {name} of this CLIP split the prompt differently ({len(layouts[0])} and {len(layout)} positions), "
+                             "so its words have no single place; use textual inversions that have as many vectors for both, and tokenizers of one length.")
     return found[names[0]]
 
 
@@ -249,10 +249,10 @@ def _is_punctuation(letter: str) -> bool:
     return unicodedata.category(letter).startswith("P")
 
 
-def _plain(word: str) -> str:
-    """A word without case and without the punctuation around it."""
+def bare(word: str) -> str:
+    """A word without the punctuation around it; empty if it is nothing else."""
     kept = [k for k, letter in enumerate(word) if not _is_punctuation(letter)]
-    return word[kept[0]:kept[-1] + 1].casefold() if kept else ""
+    return word[kept[0]:kept[-1] + 1] if kept else ""
 
 
 def _occurrences(wanted: list[str], words) -> list[int]:

@@ -32,6 +32,12 @@ def relative_index(window: int, device=None) -> Tensor:
     return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
 
 
+def _places(count: int, window: int, shift: int, device) -> tuple[Tensor, Tensor]:
+    """(window, place in it) of each line of a map that is filled up to `count` windows and then shifted cyclically."""
+    line = (torch.arange(count * window, device=device) - shift) % (count * window)
+    return line // window, line % window
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, with a learned bias per relative position."""
 
@@ -47,12 +53,12 @@ class WindowAttention(nn.Module):
         table = self.relative_position_bias_table.to(like)
         return table[relative_index(self.window, like.device)].permute(2, 0, 1)[None]
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [windows, window^2, C] -> the same; bias as from `bias`, with the shift's mask where there is one."""
+    def forward(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """Attention without its projections: qkv [windows, window^2, 3 C] -> [windows, window^2, C]; bias as from `bias`, with the shift's mask where there is one."""
         from comfy.ldm.modules.attention import attention_pytorch
 
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(attention_pytorch(q, k, v, self.heads, mask=bias, skip_reshape=True))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return attention_pytorch(q, k, v, self.heads, mask=bias, skip_reshape=True)
 
 
 class Mlp(nn.Module):
@@ -80,42 +86,50 @@ class Block(nn.Module):
         self.mlp = Mlp(channels, hidden, ops, **at)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C] -> the same shape."""
+        """x [B, H, W, C] -> the same shape.
+
+        Windows are filled up with zeros behind the norm. A zero's q, k and v are the projection's bias, so nothing is projected in the padding;
+        at 512 px a fifth of the cells of the third stage are padding, and more than half of those of the fourth.
+        """
         height, width = x.shape[1:3]
         w = self.window
-        y = pad(self.norm1(x), (0, 0, 0, -width % w, 0, -height % w))
-        rows, columns = y.shape[1] // w, y.shape[2] // w
-        if self.shift:
-            y = y.roll((-self.shift, -self.shift), (1, 2))
-        windows = y.unflatten(2, (columns, w)).unflatten(1, (rows, w)).transpose(2, 3)
-        windows = self._attend(windows.flatten(3, 4)).unflatten(3, (w, w))
-        y = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if self.shift:
-            y = y.roll((self.shift, self.shift), (1, 2))
-        x = x + y[:, :height, :width]
+        rows, columns = -(-height // w), -(-width // w)
+        # where the map's lines are in the padded and shifted one, window by window, and behind them those of the padding
+        (down, y), (across, xs) = (_places(count, w, self.shift, x.device) for count in (rows, columns))
+        nothing = self.attn.qkv(x.new_zeros(1, x.shape[-1]))
+        qkv = x.new_empty(x.shape[0], rows, columns, w, w, nothing.shape[-1])
+        qkv[:, down[height:], :, y[height:]] = nothing
+        qkv[:, :, across[width:], :, xs[width:]] = nothing
+        at_once = max(1, TOKENS_AT_ONCE // width)
+        strips = [slice(start, min(start + at_once, height)) for start in range(0, height, at_once)]
+        places = [(slice(None), down[strip, None], across[:width], y[strip, None], xs[:width]) for strip in strips]
+        for strip, place in zip(strips, places):
+            qkv[place] = self.attn.qkv(self.norm1(x[:, strip]))
+        mixed = self._attend(qkv)
+        del qkv
+        parts = [self.attn.proj(mixed[place]).add_(x[:, strip]) for strip, place in zip(strips, places)]
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         return x + in_chunks(lambda part: self.mlp(self.norm2(part)), x.flatten(0, 2), TOKENS_AT_ONCE).view_as(x)
 
     def _attend(self, windows: Tensor) -> Tensor:
-        """Attention in every window of [B, rows, columns, window^2, C].
+        """Attention in every window of q, k and v [B, rows, columns, window, window, 3 C], which is left alone. Returns [B, rows, columns, window, window, C].
 
         The shift brings strangers together in the last row and the last column of windows only, in the same pattern
         everywhere along them: four masks serve a picture of any size.
         """
-        bias, limit = self.attn.bias(windows), max(1, TOKENS_AT_ONCE // self.window**2)
-        if not self.shift:
-            return in_chunks(lambda part: self.attn(part, bias), windows.flatten(0, 2), limit).view_as(windows)
+        bias = self.attn.bias(windows)
         late = torch.arange(self.window, device=windows.device) >= self.window - self.shift
         late_y, late_x = late.repeat_interleave(self.window), late.repeat(self.window)
-        out = torch.empty_like(windows)
-        for y_edge, y_slice in ((False, slice(0, -1)), (True, slice(-1, None))):
-            for x_edge, x_slice in ((False, slice(0, -1)), (True, slice(-1, None))):
-                part = windows[:, y_slice, x_slice]
-                if not part.numel():
-                    continue
-                apart = (y_edge & (late_y[:, None] != late_y)) | (x_edge & (late_x[:, None] != late_x))
-                # in the features' dtype: fused attention on CUDA refuses a bias of another one
-                masked = bias + APART * apart.to(bias)
-                out[:, y_slice, x_slice] = in_chunks(lambda p, masked=masked: self.attn(p, masked), part.flatten(0, 2), limit).view_as(part)
+        out = windows.new_empty(*windows.shape[:-1], windows.shape[-1] // 3)
+        at_once = max(1, TOKENS_AT_ONCE // (windows.shape[2] * self.window**2))
+        for y_edge, x_edge in ((False, False), (False, True), (True, False), (True, True)) if self.shift else ((None, None),):
+            # in the features' dtype: fused attention on CUDA refuses a bias of another one
+            masked = bias if y_edge is None else bias + APART * ((y_edge & (late_y[:, None] != late_y)) | (x_edge & (late_x[:, None] != late_x))).to(bias)
+            where = [slice(None) if edge is None else slice(-1, None) if edge else slice(0, -1) for edge in (y_edge, x_edge)]
+            part, target = windows[:, where[0], where[1]], out[:, where[0], where[1]]
+            for start in range(0, part.shape[1] if part.numel() else 0, at_once):
+                some = part[:, start : start + at_once]
+                target[:, start : start + at_once] = self.attn(some.flatten(0, 2).flatten(1, 2), masked).view(*some.shape[:-1], -1)
         return out
 
 

@@ -104,7 +104,9 @@ def test_every_sampler_of_the_host_is_known():
     for name in ("euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde_gpu", "lcm", "ddpm", "er_sde", "seeds_2", "sa_solver", "res_multistep_ancestral"):
         if name in kinds:
             assert kinds[name] is Solver.STOCHASTIC, name
-    assert {name for name, kind in kinds.items() if kind is Solver.UNKNOWN} <= {"euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "gradient_estimation_cfg_pp"}
+    assert not {name for name, kind in kinds.items() if kind is Solver.UNKNOWN}
+    assert {name for name, kind in kinds.items() if kind is Solver.OTHER_GUIDANCE} <= {"euler_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp", "gradient_estimation_cfg_pp"}
+    assert solver_of(comfy.samplers.ksampler("dpm_adaptive", {"eta": 0.5})) is Solver.STOCHASTIC
     churned = comfy.samplers.ksampler("euler", {"s_churn": 0.5})
     assert solver_of(churned) is Solver.STOCHASTIC and sampler_name(churned) == "euler"
 

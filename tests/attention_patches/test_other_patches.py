@@ -110,7 +110,7 @@ def test_features_of_an_area_are_cut_from_its_place(model, positive, negative):
             return frozenset({Point("attn1", "output", 11)})
 
         def attention(self, point, n, context, value, source):
-            seen.append((n.shape, source.get("source"), source.roles))
+            seen.append((n.shape, source.get("source"), tuple(chunk.role for chunk in source.chunks)))
             return n, context, value
 
     edited = add_edit(model, Look(source=Source(path, (("source", path.conditioning),))))

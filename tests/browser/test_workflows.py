@@ -94,5 +94,16 @@ def test_mini_workflow_runs_from_the_run_button(front_end, path):
     front_end.screenshot(path.stem)
 
 
+@pytest.mark.slow
+def test_the_p2p_controller_shows_its_alignment_on_the_canvas(front_end):
+    front_end.open_workflow(ROOT / "workflows" / "mini-p2p-swap.json")
+    front_end.run()
+    sizes = front_end.page.evaluate(
+        "app.graph._nodes.filter(node => node.type === 'PalimpsestP2PController').flatMap(node => (node.imgs || []).map(image => [image.naturalWidth, image.naturalHeight]))"
+    )
+    # two prompts of a dozen tokens side by side; a picture of the scene would be 128 x 128
+    assert len(sizes) == 1 and sizes[0][0] > 300, sizes
+
+
 def test_the_templates_browser_offers_every_workflow(server):
-    assert sorted(server.get("/api/workflow_templates").get(PACK, [])) == [path.stem for path in WORKFLOWS]
+    assert sorted(server.get("/api/workflow_templates").get(PACK, [])) == sorted(path.stem for path in WORKFLOWS)

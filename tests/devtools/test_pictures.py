@@ -8,7 +8,6 @@ from palimpsest.devtools.sheet import Row
 from palimpsest.nodes import all_nodes
 
 IDS = [node.GET_SCHEMA().node_id for node in all_nodes()]
-SHOWN = [node for node in IDS if node not in pictures.WAITING]
 
 
 def picture(color, size=(128, 128)):
@@ -49,14 +48,7 @@ def test_a_grid_has_room_for_every_strip():
     assert whole.size == (200, 70) and whole.getpixel((101, 1)) == (0, 0, 255) and whole.getpixel((1, 61)) == (0, 128, 0)
 
 
-def test_no_node_waits_for_weights_that_are_there():
-    from palimpsest.mini.checkpoint import WEIGHTS
-
-    assert set(pictures.WAITING) <= set(IDS)
-    assert not [node for node, weights in pictures.WAITING.items() if (WEIGHTS / f"{weights}.safetensors").exists()]
-
-
-@pytest.mark.parametrize("node", SHOWN)
+@pytest.mark.parametrize("node", IDS)
 def test_every_node_is_shown_by_a_graph_that_has_it(node):
     graph, number, names = pictures.SHOWN[node]
     nodes = load_graph(next(path for path in api_graphs() if path.stem == graph)).values()
@@ -64,7 +56,7 @@ def test_every_node_is_shown_by_a_graph_that_has_it(node):
     assert set(names) <= {role(entry).name for entry in nodes if role(entry).row == number}
 
 
-@pytest.mark.parametrize("node", SHOWN)
+@pytest.mark.parametrize("node", IDS)
 def test_the_picture_of_every_node_is_in_the_readme_and_on_its_help_page(root, node):
     """Remake them with `python dev.py workflows --pictures`."""
     file = pictures.NODES / f"{node}.jpg"

@@ -19,6 +19,12 @@ def test_a_table_shows_value_interval_and_n():
     assert "| `pnp.edit_success` | 0.812 (0.75 to 0.86) | 200 |" in readme.table({"pnp": {"edit_success": LEAF}})
 
 
+def test_figures_in_detail_are_folded_away():
+    main, folded = readme.table({"pnp": {"edit_success": LEAF, "by_edit": {"color": LEAF}}}).split("<details>")
+    assert "`pnp.edit_success`" in main and "by_edit" not in main and "`pnp.by_edit.color`" in folded and folded.endswith("</details>")
+    assert readme.table({}) == readme.NONE_YET
+
+
 def test_a_lost_mark_is_named():
     with pytest.raises(ValueError, match="scores:begin"):
         readme.filled("nothing")

@@ -44,6 +44,9 @@ def test_shipped_graph_has_the_settings_of_the_scores(path):
 
 
 def test_every_mini_edit_is_marked():
-    for path in api_graphs():
-        nodes = load_graph(path).values() if path.stem.startswith("mini-") else ()
-        assert all(node["_meta"].get("settings") for node in nodes if node["class_type"] in ("PalimpsestPnPInjector", "KSamplerAdvanced", "CFGGuider")), path.stem
+    """Plug-and-Play's edits only: the settings are those of its score."""
+    graphs = {path.stem: list(load_graph(path).values()) for path in api_graphs() if path.stem.startswith("mini-")}
+    edits = {name: nodes for name, nodes in graphs.items() if any(node["class_type"] == "PalimpsestPnPInjector" for node in nodes)}
+    assert edits
+    for name, nodes in edits.items():
+        assert all(node["_meta"].get("settings") for node in nodes if node["class_type"] in ("PalimpsestPnPInjector", "KSamplerAdvanced", "CFGGuider")), name

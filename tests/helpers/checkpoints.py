@@ -37,6 +37,24 @@ def sd15_shapes() -> dict[str, torch.Size]:
     return {name: shape for name, shape in shapes.items() if not name.endswith(("logit_scale", "text_projection.weight", "position_ids"))}
 
 
+def controlnet_sd15_shapes() -> dict[str, torch.Size]:
+    """Every tensor of an SD1.5 ControlNet file, by the name it has there."""
+    import comfy.cldm.cldm
+    import comfy.ops
+
+    layout = {key: value for key, value in SD15_UNET.items() if key not in ("out_channels", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(**layout, hint_channels=3, dtype=torch.float16, device=torch.device("meta"), operations=comfy.ops.disable_weight_init)
+    return {f"control_model.{name}": value.shape for name, value in network.state_dict().items()}
+
+
+def seecoder_shapes() -> dict[str, torch.Size]:
+    """A SeeCoder of the official token width with a small backbone: the loader derives every size, and 1.2 GB would take minutes."""
+    from ...seecoder.sizes import PREFIX, expected_shapes
+    from .seecoder import small
+
+    return {PREFIX + name: torch.Size(shape) for name, shape in expected_shapes(small(width=768)).items()}
+
+
 def write_random_checkpoint(path: Path, shapes: dict[str, torch.Size], seed: int = 0) -> None:
     """A checkpoint of these shapes in float16 whose layers keep the variance, so that nothing overflows.
 

@@ -20,6 +20,10 @@ def pag(model):
     return run_node("nodes_pag", "PerturbedAttentionGuidance", model, 3.0)
 
 
+def differential_diffusion(model):
+    return run_node("nodes_differential_diffusion", "DifferentialDiffusion", model)
+
+
 def sag(model):
     return run_node("nodes_sag", "SelfAttentionGuidance", model, 0.5, 2.0)
 

@@ -8,6 +8,7 @@ import comfy.supported_models
 import pytest
 import torch
 from palimpsest.inversion.run import run_inversion, run_reconstruction
+from palimpsest.inversion.trajectory import Trajectory
 from palimpsest.tests.helpers.models import patcher
 from safetensors.torch import load_file
 
@@ -70,3 +71,24 @@ def test_reconstruction(model, path, oracle, sigmas, name, guidance, negative):
     # the stored latents of the run are in either order; the picture is the one farther from the noise
     expected = oracle[name][-1] if relative(oracle[name][0], oracle["traj"][-1]) < 1e-6 else oracle[name][0]
     assert relative(found, expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_null_text_optimisation(model, oracle, sigmas):
+    """Losses of the notebook's own run, step by step; its last step (timestep 0 to 0) does nothing and is none here."""
+    from palimpsest.inversion.null_text import Settings
+    from palimpsest.inversion.null_text_run import run_null_text
+
+    levels = sigmas.flip(0)
+    latents = oracle["traj"][1:] * (1 + levels**2).sqrt().view(-1, 1, 1, 1, 1)
+    path = Trajectory.for_model(model, levels, latents, [[oracle["cond"], {}]])
+    found = run_null_text(model, path, [[oracle["uncond"], {}]], settings=Settings(checkpointing="off"))
+    assert len(found.steps) == 9
+    run = oracle["recon_null"]
+    run = run if relative(run[0], oracle["traj"][-1]) < 1e-6 else run.flip(0)
+    for step, given in zip(found.steps, oracle["null_embeddings"]):
+        after = run[step.index + 1]
+        loss = (after - oracle["traj"][9 - step.index]).square().mean()
+        assert float(step.loss) == pytest.approx(float(loss), rel=0.05), step.index
+        assert relative(step.latent / (1 + sigmas[step.index + 1] ** 2).sqrt(), after) < 1e-2
+        assert relative(step.tokens, given) < 0.05

@@ -79,6 +79,19 @@ def test_captions_bind_attributes_to_objects(reading, scene):
     assert not all(metrics.against_caption(reading, swapped, {})["color"]) or first["color"] == second["color"]
 
 
+@pytest.mark.parametrize("pattern, style, either", [
+    ("striped", "flat", True), ("checked", "flat", True), (None, "flat", True), ("dotted", "flat", False), ("striped", "outline", False)])
+def test_half_and_half_patterns_name_their_colors_in_either_order(reading, pattern, style, either):
+    """Filled stripes and checks cover half of an object; dots and an outline's marks do not."""
+    only = replace(reading.objects[0], color="red", color2="blue", pattern=pattern)
+    picture = replace(reading, objects=(only,), style=style)
+    named = {"shape": only.shape, "color": "blue", "color2": "red"}
+    found = metrics.against_caption(picture, [named], {})
+    assert found["color"] == found["color2"] == [either]
+    assert metrics.against_caption(picture, [{"color": "green"}], {})["color"] == [False]
+    assert metrics.against_caption(picture, [{"color": "red", "color2": "blue"}], {})["color"] == [True]
+
+
 @pytest.mark.parametrize("attribute, value", [("color", "teal"), ("pattern", "striped"), ("style", "outline"), ("background", "sky")])
 def test_edit_success_asks_for_the_new_value(scene, attribute, value):
     scene = replace(scene, style="flat", background="white", background_rgb=(0.95, 0.95, 0.95))

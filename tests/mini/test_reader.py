@@ -115,6 +115,39 @@ def test_a_gray_object_has_a_shape_but_no_color():
     assert (only.shape, only.color) == ("circle", None)
 
 
+def painted(distance, colors, seed=0, cell=4):
+    """A picture whose object is filled with cells of random ones of `colors`."""
+    rng = np.random.default_rng(seed)
+    cells = rng.integers(len(colors), size=(-(-128 // cell), -(-128 // cell))).repeat(cell, 0).repeat(cell, 1)
+    cover = coverage(distance)[..., None]
+    return (cover * np.array(colors)[cells][:128, :128] + (1 - cover) * 0.95).astype(np.float32)
+
+
+RED, BLUE = (0.84, 0.12, 0.12), (0.2, 0.3, 0.86)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_marks_that_are_no_pattern_hide_neither_shape_nor_colors(shape):
+    """Regression: a generated object whose checks were warped had no name at all, and a mixture of its colors named it."""
+    only = reader.read(painted(inside_distance(shape, X - 64, Y - 64, 28), (RED, BLUE))).objects[0]
+    assert (only.shape, only.pattern, {only.color, only.color2}) == (shape, None, {"red", "blue"})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scribbles_inside_an_outline_hide_neither_its_shape_nor_its_color(shape):
+    distance = inside_distance(shape, X - 64, Y - 64, 28)
+    image = painted(distance - 5, (*[(0.95, 0.95, 0.95)] * 4, (0.1, 0.6, 0.2), (0.9, 0.5, 0.1)), cell=3)
+    line = (coverage(distance) - coverage(distance - 4))[..., None]
+    only = reader.read((image * (1 - line) + line * np.array(BLUE)).astype(np.float32)).objects[0]
+    assert (only.shape, only.color) == (shape, "blue")
+
+
+def test_many_colors_have_no_name():
+    colors = [(0.84, 0.1, 0.1), (0.1, 0.6, 0.2), (0.2, 0.3, 0.86), (0.95, 0.9, 0.1), (0.6, 0.2, 0.7)]
+    only = reader.read(painted(28 - np.hypot(X - 64, Y - 64), colors)).objects[0]
+    assert only.pattern is None and not {only.color, only.color2} - {None} or only.shape is None
+
+
 def test_more_objects_than_two_are_counted():
     image = blob(np.maximum.reduce([17 - np.hypot(X - x, Y - y) for x, y in ((25, 25), (100, 30), (60, 100))]))
     assert len(reader.read(image).objects) == 3

@@ -15,7 +15,8 @@ def defaults(node):
 
 
 def test_ids_and_order_of_inputs_are_for_ever():
-    listed = {node.define_schema().node_id: [item.id for item in node.define_schema().inputs] for node in (CollectAttentionMaps, AttentionMapPreview, CollectFeatures, FeaturePCAPreview)}
+    nodes = (CollectAttentionMaps, AttentionMapPreview, CollectFeatures, FeaturePCAPreview)
+    listed = {node.define_schema().node_id: [item.id for item in node.define_schema().inputs] for node in nodes}
     assert listed == {
         "PalimpsestCollectAttentionMaps": ["model", "clip", "prompt", "words", "layers", "start", "end"],
         "PalimpsestAttentionMapPreview": ["maps", "latent", "image", "columns"],

@@ -11,7 +11,7 @@ from palimpsest.attention_patches.blocks import Point, unet_layers
 from palimpsest.attention_patches.edit import Chunk, SourceRows
 from palimpsest.attention_patches.pnp import apply_pnp
 from palimpsest.attention_patches.reference_pass import edits_of
-from palimpsest.p2p.apply import Settings, apply_p2p, split_prompts
+from palimpsest.p2p.apply import Settings, apply_p2p
 from palimpsest.p2p.edit import P2PRun, repeated, small_self_points, step_of
 from palimpsest.tests.helpers.models import controlled, tiny_cond, tiny_controlnet, tiny_sd2, tiny_sdxl
 from palimpsest.tests.helpers.prompts import WordClip
@@ -75,7 +75,8 @@ def test_the_rewrite_equals_the_edit_of_the_map_in_float64(own_chunk, mapped, ke
 
     batch, tokens, width, text, source_tokens, target_tokens = 2, 9, 8, 6, 5, 7
     attention = Projections(2, width, text, 8)
-    n, n_source, context, source_context = random(2 * batch, tokens, width), random(batch, tokens, width), random(2 * batch, target_tokens, text), random(batch, source_tokens, text)
+    n, n_source = random(2 * batch, tokens, width), random(batch, tokens, width)
+    context, source_context = random(2 * batch, target_tokens, text), random(batch, source_tokens, text)
     mapping = random(1, source_tokens, target_tokens).abs() if mapped else None
     keep = random(1, target_tokens) if kept else None
     chunks = [Chunk("negative", None, True), Chunk("positive", "mine", True)]
@@ -345,28 +346,3 @@ def test_chained_controllers_edit_their_own_prompt_only(model, clip, negative, t
     assert torch.equal(ksampler(second.model, start, second.positive, negative), ksampler(alone.model, start, alone.positive, negative))
     both = nodes.ConditioningCombine().combine(first.positive, second.positive)[0]
     assert torch.isfinite(ksampler(second.model, start, both, negative)).all()
-
-
-def test_prompts_are_split_at_lines_of_three_dashes():
-    assert split_prompts("a dog\n---\na --- b\n\n  ---  \nc") == ["a dog", "a --- b", "c"]
-    assert split_prompts("") == [""]
-
-
-def test_the_report_counts_layers_and_says_where_the_source_comes_from(model, clip, trajectory):
-    report = apply_p2p(model, clip, SOURCE, SWAP, Settings(), trajectory=trajectory).report
-    assert "cross-attention: 16 layers" in report and "self-attention: 11 layers, maps up to 8 x 8" in report and "direct inversion" in report
-    other = apply_p2p(model, clip, "a bird on a red sofa", SWAP, Settings(), trajectory=trajectory).report
-    assert "another prompt" in other and "another prompt" not in report
-    assert "same noise" in apply_p2p(model, clip, SOURCE, SWAP, Settings()).report
-
-
-def test_bad_input(model, clip):
-    with pytest.raises(ValueError, match="There is no CLIP"):
-        apply_p2p(model, None, SOURCE, SWAP, Settings())
-    with pytest.raises(ValueError, match="cross window goes from 0.8 to 0.2"):
-        apply_p2p(model, clip, SOURCE, SWAP, Settings(cross=(0.8, 0.2)))
-    with pytest.raises(ValueError, match="other text tokens than the source prompt"):
-        apply_p2p(model, clip, SOURCE, SWAP, Settings(), source_conditioning=tiny_cond(154))
-    with pytest.raises(ValueError, match="has 64 values per token"):
-        apply_p2p(model, clip, SOURCE, SWAP, Settings(), source_conditioning=tiny_cond(dim=64))
-

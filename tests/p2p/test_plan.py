@@ -204,7 +204,7 @@ def test_surplus_chunks_do_not_change_the_sum_of_a_map(read):
 def test_the_report_names_what_happens(read):
     plan = make_plan(read(ADDED[0]), read(ADDED[1]), word_windows={"cat": (0.1, 0.4)}, weights={"sculpture": 2.0}, cross=(0.0, 0.8), self_window=(0.0, 0.5))
     lines = plan.describe().splitlines()
-    assert lines[0] == "Prompt-to-Prompt: refine, because the source has 7 words and the edit 9."
+    assert lines[0] == "Prompt-to-Prompt: refine, because the source has 7 words and the edit 9; the weights go on top."
     assert lines[1:3] == [f"Source: {ADDED[0]}", f"Edit:   {ADDED[1]}"]
     assert lines[4].split(" | ")[1:5] == ["a", "(own) ", "cat", "(own)    "]
     assert lines[5].split(" | ")[1:5] == ["a", "silver", "cat", "sculpture"]
@@ -250,3 +250,17 @@ def test_an_empty_edit_prompt(read):
     plan = make_plan(read("a cat"), read(""))
     assert plan.mode == "refine" and not plan.neutral
     assert "Not taken over from the source: a, cat." in plan.describe() and " | " not in plan.describe()
+
+
+def test_the_report_leaves_punctuation_aside_and_names_idle_windows(read):
+    plan = make_plan(read("a squirrel eating a burger, autumn leaves"), read("A big lion eating a burger with fries, in jungle"),
+                     word_windows={"big lion": (0.0, 0.2), "burger": (0.0, 0.8)})
+    lines = plan.describe().splitlines()
+    assert lines[-6:] == [
+        "big lion: keep their own attention.",
+        "with fries in jungle: keep their own attention.",
+        "All other words copy themselves from the source until 0.8 of the steps.",
+        "Not taken over from the source: squirrel, autumn, leaves.",
+        "Windows without effect, as these words copy nothing: big lion.",
+        "Self-attention is the source's until 0.4 of the steps.",
+    ]

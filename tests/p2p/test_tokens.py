@@ -172,8 +172,8 @@ def test_textual_inversions(tmp_path):
 
 def test_only_missing_textual_inversions(tmp_path):
     prompt = read_tokens(embedding_clip(tmp_path), "a cat in embedding:missing rain, dimming")
-    assert [token.text for token in prompt.content] == ["a", "cat", "in", "rain", ",", "dimming"]
-    assert [token.word for token in prompt.content] == [0, 1, 2, 4, 4, 5]
+    assert [token.text for token in prompt.content] == ["a", "cat", "in", "rain", ",", "di", "mming"]
+    assert [token.word for token in prompt.content] == [0, 1, 2, 4, 4, 5, 5]
 
 
 def test_without_a_folder_an_embedding_is_text(read):
@@ -249,3 +249,18 @@ def test_two_textual_inversions_of_which_one_is_missing():
     assert owners([(b"a", 1), (None, 2), (None, 2), (b"on", 3), (b"car", 4)], ("a", "embedding:x", "on", "embedding:y", "car")) == [0, 1, 1, 2, 4]
     assert owners([(b"a", 1), (b"on", 2), (None, 3), (b"car", 4)], ("a", "embedding:x", "on", "embedding:y", "car")) == [0, 2, 3, 4]
     assert owners([(None, 1), (None, 2)], ("embedding:x", "embedding:y")) == [0, 1]
+
+
+@pytest.mark.parametrize("before", ["", "a small green star, ", "a (red:1.3) square, " * 20])
+def test_positions_are_those_of_the_conditioning(before):
+    """CLIP looks back only: a conditioning changes from the changed word's first token on, and in its own chunk only."""
+    from palimpsest.mini.checkpoint import WEIGHTS, load_clip
+    from palimpsest.mini.storage import read_weights
+
+    clip = load_clip(read_weights(WEIGHTS / "text_to_image.safetensors")[0])
+    texts = [f"{before}a large {color} circle" for color in ("yellow", "blue")]
+    first, second = (clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0] for text in texts)
+    prompt = read_tokens(clip, texts[0])
+    assert first.shape[1] == prompt.length == (154 if len(before) > 100 else 77)
+    changed = (first - second).abs().amax(dim=(0, 2)).nonzero()[:, 0].tolist()
+    assert changed == list(range(prompt.positions("yellow")[0], prompt.length))

@@ -41,7 +41,7 @@ def test_resizing_keeps_the_aspect_and_zero_keeps_the_picture():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("height, width, channels", [(1, 1, 3), (17, 300, 3), (101, 67, 1), (40, 60, 4)])
+@pytest.mark.parametrize("height, width, channels", [(1, 1, 3), (17, 1000, 3), (333, 501, 1), (40, 60, 4), (1080, 1920, 3)])
 def test_any_size_and_color_is_encoded(model, height, width, channels):
     tokens = encode.encode_pictures(model, random_picture(height, width, 2, channels))
     assert tokens.shape == (2, 148, 96) and torch.isfinite(tokens).all()
