@@ -63,15 +63,15 @@ class ConceptRun(SourceRun):
         self._guider = guider
         self._seed = 0
 
-    def prepare(self, model, noise: Tensor, seed: int | None) -> None:
+    def prepare(self, model, noise: Tensor, seed: int | None, latent_image: Tensor | None = None, denoise_mask: Tensor | None = None) -> None:
+        """Process every reference's conditioning for its own picture. latent_image, denoise_mask: the run's, which say nothing about a reference."""
         self._seed = self.source.seed if self.source.seed is not None else int(seed or 0)
+        negatives = self._guider.conds.get("negative") or [] if self.source.negatives else []
         for (name, conditioning), latent in zip(self.source.branches, self.source.latents):
             clean = latent.to(noise.device)
-            self.branches[name] = host.process_alone(conditioning, model, torch.zeros_like(clean), noise.device, latent_image=clean, seed=seed)
-        if self.source.negatives:
-            # the ControlNet of the run's own picture says nothing about a reference
-            entries = [{key: value for key, value in entry.items() if key != "control"} for entry in self._guider.conds.get("negative") or []]
-            self.branches |= {NEGATIVE + name: entries for name, _ in self.source.branches if entries}
+            own = self.branches[name] = host.process_alone(conditioning, model, torch.zeros_like(clean), noise.device, latent_image=clean, seed=seed)
+            if negatives:
+                self.branches[NEGATIVE + name] = [host.elsewhere(entry, own[0]) for entry in negatives]
 
     def close(self) -> None:
         # the negative's entries belong to the run

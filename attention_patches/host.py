@@ -218,6 +218,16 @@ def reworded(entry: dict, words: dict) -> dict:
     return {**kept, **named, "model_conds": conds}
 
 
+def elsewhere(entry: dict, picture: dict) -> dict:
+    """A processed entry's words and ranges with what belongs to another picture (sizes, extra channels), without its ControlNet.
+
+    picture: a processed entry of that picture.
+    """
+    kept = {key: value for key, value in entry.items() if key != "control"}
+    places = {key: value for key, value in picture["model_conds"].items() if key not in WORDS}
+    return {**kept, "model_conds": {**entry["model_conds"], **places}}
+
+
 def clean_controls(entries: list[dict]) -> None:
     """Let go of what the ControlNets of processed conditioning hold; the host does this for the user's lists only."""
     import comfy.sampler_helpers
