@@ -62,8 +62,8 @@ class Attention(Protocol):
     def below(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What would run without this edit: replacements of other nodes, else the host's attention. Rows: those of the call."""
 
-    def plain(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The host's attention, for any number of rows. bias: [1, 1, 1, keys], added to the scaled logits."""
+    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The host's attention, for any number of rows and any size of heads."""
 
     def to_q(self, x: Tensor) -> Tensor:
         """Projection of query inputs."""

@@ -86,19 +86,16 @@ def _takes_options(function: Callable) -> bool:
     return "transformer_options" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict, bias: torch.Tensor | None = None) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
     """The host's fused attention on projected tensors [rows, tokens, heads * dim], with the settings of the block that asks.
 
-    bias: [1, 1, 1, keys], added to the scaled logits of all queries and heads.
+    Never with a mask: SageAttention leaves masks out without a word, FlashAttention takes none.
     """
-    from comfy.ldm.modules.attention import optimized_attention, optimized_attention_masked
+    from comfy.ldm.modules.attention import optimized_attention
 
-    chosen = optimized_attention if bias is None else optimized_attention_masked
     # 0.3.52 knows no overrides of its attention yet
-    more = {"transformer_options": extra_options} if _takes_options(chosen) else {}
-    if bias is not None:
-        more["mask"] = bias.to(q)
-    return chosen(q, k, v, extra_options["n_heads"], attn_precision=extra_options.get("attn_precision"), **more)
+    more = {"transformer_options": extra_options} if _takes_options(optimized_attention) else {}
+    return optimized_attention(q, k, v, extra_options["n_heads"], attn_precision=extra_options.get("attn_precision"), **more)
 
 
 def uncompiled():

@@ -18,11 +18,11 @@ from .collectors import Collector
 from .concept_run import FRESH, NEGATIVE, NOISES, ConceptSource
 from .edit import Attention, Edit, SourceRows
 from .maps import word_maps
-from .mrsa_attention import CODE, RULES
+from .mrsa_attention import CODE, PAPER, RULES, fold_bias
 from .mrsa_concept import Concept, Concepts
 from .mrsa_masks import Selection
 from .pnp import in_window
-from .reference_pass import add_edits
+from .reference_pass import add_edits, edits_of
 from .rows import Feature
 from .source import check_conditioning
 
@@ -38,10 +38,13 @@ PRESETS = {
 class MRSAEdit(Edit):
     """The composition. concepts: as the branches of `source`, in order. places: "attn1" points. ceiling, floor: noise levels (the floor excluded).
 
-    fidelity: style fidelity 0..1. rule: one of RULES. results: receives at each step and layer how much of the attention each concept gets, or None.
+    fidelity: style fidelity 0..1. rule: one of RULES. results: receives under each point how much of the attention each of `count` concepts gets,
+    [B, h, w, count], summed over steps, and the number of steps; or None. numbers: the place of each of `concepts` among them.
     """
 
     concepts: tuple[Concept, ...] = ()
+    numbers: tuple[int, ...] = ()
+    count: int = 0
     places: frozenset[Point] = frozenset()
     ceiling: float = math.inf
     floor: float = -math.inf
@@ -79,11 +82,23 @@ class MRSAEdit(Edit):
             if groups is None:
                 out.append(plain if plain is not None else below[i] if below is not None else attention.plain(*parts[i]))
                 continue
-            composed = attention.plain(parts[i][0], keys, values, bias)
+            composed = self._attended(parts[i][0], keys, values, bias, attention)
             if self.results is not None and chunk.role == "positive" and chunk.whole:
                 self._note(point, parts[i][0], keys, bias, groups, source, attention.heads)
             out.append(composed if plain is None else share * composed + (1.0 - share) * plain)
         return torch.cat(out)
+
+    @staticmethod
+    def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, attention: Attention) -> Tensor:
+        """The host's attention, the bias [1, 1, 1, keys] folded into a channel of every head."""
+        if bias is None:
+            return attention.plain(q, k, v)
+        split = [x.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        dim = split[0].shape[-1]
+        # kernels want widths in multiples of 8
+        folded = fold_bias(*split, bias, 8 - dim % 8)
+        out = attention.plain(*(x.transpose(1, 2).flatten(2) for x in folded))
+        return out.unflatten(-1, (attention.heads, -1))[..., :dim].flatten(2)
 
     def _share(self, role: str | None) -> float:
         return {"positive": 1.0, "negative": 1.0 - self.fidelity}.get(role, 0.0)
@@ -97,8 +112,8 @@ class MRSAEdit(Edit):
             if selection is None or not len(selection.indices):
                 groups.append(0)
                 continue
-            tokens = feature.tensor.to(k)
-            tokens = tokens[:, selection.indices.to(tokens.device)] if self.rule == CODE else tokens
+            tokens = feature.tensor if self.rule == PAPER else feature.tensor[:, selection.indices.to(feature.tensor.device)]
+            tokens = tokens.to(k)
             key, bias = self._weighted(attention.to_k(tokens), selection)
             rows = k.shape[0]
             keys.append(key.expand(rows, -1, -1))
@@ -124,13 +139,14 @@ class MRSAEdit(Edit):
             return None
 
     def _note(self, point: Point, q: Tensor, keys: Tensor, bias: Tensor | None, groups: list[int], source: SourceRows, heads: int) -> None:
-        """Share of every query's attention that goes to each concept, [B, h, w, concepts], summed over steps."""
+        """Add this step's share of every query's attention that goes to each concept."""
         total, steps, last = self.results.get(point, (0.0, 0, None))
-        if last == source.sigma:
+        if last == source.sigma or q.shape[:2] != (source.batch, math.prod(source.size)):
+            # a later call at this noise level, or tokens that another node tiles or merges
             return
-        words = torch.zeros(keys.shape[1], len(groups), device=keys.device)
+        words = torch.zeros(keys.shape[1], self.count, device=keys.device)
         start = keys.shape[1] - sum(groups)
-        for number, count in enumerate(groups):
+        for number, count in zip(self.numbers, groups):
             words[start : start + count, number] = 1.0
             start += count
         shares = word_maps(q, keys, words.expand(q.shape[0], -1, -1), heads, bias).unflatten(1, source.size)
@@ -148,6 +164,8 @@ def compose(
     """
     if not len(concepts):
         raise ValueError("There is no concept: connect one or several chained MRSA Concept nodes.")
+    if any(isinstance(edit, MRSAEdit) for edit in edits_of(model)):
+        raise ValueError("This MODEL comes from an MRSA Concept Composer already: chain all concepts into one composer.")
     if rule not in RULES or noise not in NOISES:
         raise ValueError(f"There is no rule {rule} or noise {noise}: choose {' or '.join(RULES)}, and {' or '.join(NOISES)}.")
     if not 0.0 <= fidelity <= 1.0 or not 0.0 <= start <= end <= 1.0:
@@ -159,7 +177,9 @@ def compose(
         check_conditioning(empty or concept.conditioning, width, f"concept {number}")
     used = tuple(concept for concept in concepts if concept.weight != 0 and any(len(concept.selection(size).indices) for size in concept.sizes))
     report = [f"model: {known.architecture}", f"self-attention: {len(places)} layers, {start:g} to {end:g} of the schedule", f"rule: {rule}; style fidelity {fidelity:g}"]
-    report += [f"concept {number}: weight {concept.weight:g}, latent {concept.size[1]} x {concept.size[0]}" + ("" if concept in used else ", no effect") for number, concept in enumerate(concepts, 1)]
+    for number, concept in enumerate(concepts, 1):
+        idle = "" if concept in used else ", no effect"
+        report.append(f"concept {number}: weight {concept.weight:g}, latent {concept.size[1]} x {concept.size[0]}{idle}")
     if not used or not places or start == end:
         report.append("no effect: nothing is installed")
         host.log.warning("Palimpsest: MRSA has nothing to show with these concepts and settings, the model is left as it is.")
@@ -172,8 +192,10 @@ def compose(
     sampling = model.get_model_object("model_sampling")
     results = Collector("attention shares") if watch else None
     edit = MRSAEdit(
-        source=source, bank_device=bank_device, concepts=used, places=places, fidelity=fidelity, rule=rule, results=results,
+        source=source, bank_device=bank_device, concepts=used, numbers=tuple(number for number, concept in enumerate(concepts) if concept in used), count=len(concepts),
+        places=places, fidelity=fidelity, rule=rule, results=results,
         ceiling=math.inf if start <= 0.0 else float(sampling.percent_to_sigma(start)), floor=-math.inf if end >= 1.0 else float(sampling.percent_to_sigma(end)),
     )
-    report.append(f"rows per step: {len(used)} more than the plain run" + ("" if fidelity == 1.0 else f", and {len(used)} for the negative half"))
+    rows = len(used) * (1 if fidelity == 1.0 else 2)
+    report.append(f"rows per step: {rows} more than the plain run, one at a time" + ("" if fidelity == 1.0 else f" ({len(used)} of them for the negative half)"))
     return add_edits(model, edit), results, "\n".join(report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Concept:
     picture: Tensor
     policy: str = AREA
     threshold: float = 0.5
+    _selections: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         _check_latent(self.latent)
@@ -76,8 +77,11 @@ class Concept:
         return layer_mask(self.mask, size, self.policy, self.threshold)
 
     def selection(self, size: tuple[int, int]) -> Selection:
-        """What the mask keeps of a layer of `size` tokens, and with which bias."""
-        return select(self.layer_mask(size), self.weight)
+        """What the mask keeps of a layer of `size` tokens, and with which bias; found once for each size."""
+        size = tuple(size)
+        if size not in self._selections:
+            self._selections[size] = select(self.layer_mask(size), self.weight)
+        return self._selections[size]
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,8 +60,8 @@ class BlockAttention:
     def below(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._below(q, k, v, self._options)
 
-    def plain(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return host.attention(q, k, v, self._options, bias)
+    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return host.attention(q, k, v, self._options)
 
 
 class RunState:

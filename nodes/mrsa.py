@@ -21,7 +21,7 @@ class MRSAConceptComposer(io.ComfyNode):
         return io.Schema(
             node_id="PalimpsestMRSAConceptComposer",
             display_name="MRSA Concept Composer",
-            category="Palimpsest/attention",
+            category="Palimpsest/concept",
             description=(
                 "FreeCustom: puts several things from reference pictures into one new picture, without training. While the picture is sampled, it looks at the masked "
                 "parts of the references as if they were its own. Connect model to a stock KSampler; its prompt describes the new picture."
@@ -32,30 +32,66 @@ class MRSAConceptComposer(io.ComfyNode):
                 io.String.Input(
                     "layers",
                     default="preset default",
-                    tooltip="Self-attention layers that see the references: u3-8, u6-8, d0-5. Presets: default (the paper's last two blocks), last (the finest only, weaker), all (unnatural pictures).",
+                    tooltip="Self-attention layers that see the references: u3-8, u6-8, d0-5. Presets: default (the paper's last two blocks), last (the finest only, weaker), "
+                    "all (unnatural pictures).",
                 ),
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the schedule, from the noisy end, from which the references are seen (0 to 1). 0 is published."),
-                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Share of the schedule up to which they are seen (0 to 1). 1 is published; 0.7 lets details go their own way."),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the schedule, from the noisy end, from which the references are seen (0 to 1). 0 is published.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the schedule up to which they are seen (0 to 1). 1 is published; 0.7 lets details go their own way.",
+                ),
                 io.Float.Input(
                     "style_fidelity",
                     default=1.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1 (published): only the positive half sees the references, so guidance pulls towards them. Lower: the negative half sees them too, for a weaker effect; one more row per concept.",
+                    tooltip="1 (published): only the positive half sees the references, so guidance pulls towards them. Lower: the negative half sees them too, "
+                    "for a weaker effect; one more row per concept.",
                 ),
-                io.Combo.Input("rule", options=list(RULES), default=RULES[0], tooltip="code: what the authors' program computes, and what weights of 2 to 3 are made for. paper: the printed formula."),
-                io.Combo.Input("noise", options=list(NOISES), default=NOISES[0], tooltip="The references are noised to each step's level: with new noise every time, or with the same throughout (steadier)."),
+                io.Combo.Input(
+                    "rule",
+                    options=list(RULES),
+                    default=RULES[0],
+                    tooltip="code: what the authors' program computes, and what weights of 2 to 3 are made for. paper: the printed formula.",
+                ),
+                io.Combo.Input(
+                    "noise",
+                    options=list(NOISES),
+                    default=NOISES[0],
+                    tooltip="The references are noised to each step's level: with new noise every time, or with the same throughout (steadier).",
+                ),
                 io.Int.Input(
                     "reference_seed",
                     default=OF_SAMPLER,
                     min=OF_SAMPLER,
                     max=0xFFFFFFFF,
+                    step=1,
                     tooltip="Of the references' noise; -1: the sampler's seed. Several seeds are worth a try.",
                 ),
-                io.Conditioning.Input("empty_prompt", optional=True, tooltip="An empty prompt replaces the concepts' own ones (the published null reference prompts); usually weaker."),
                 io.Boolean.Input("watch", default=False, tooltip="Note where each concept is looked at, for Concept Attention Preview. Costs time and memory at every step."),
-                io.Combo.Input("bank_device", options=["auto", "gpu", "cpu"], default="auto", tooltip="Where the references' features wait within a step. auto: on the GPU while they take less than a quarter of its free memory."),
+                io.Combo.Input(
+                    "bank_device",
+                    options=["auto", "gpu", "cpu"],
+                    default="auto",
+                    tooltip="Where the references' features wait within a step. auto: on the GPU while they take less than a quarter of its free memory.",
+                ),
+                io.Conditioning.Input(
+                    "empty_prompt",
+                    optional=True,
+                    tooltip="An empty prompt replaces the concepts' own ones (the published null reference prompts); usually weaker.",
+                ),
             ],
             outputs=[
                 io.Model.Output("composing_model", display_name="model", tooltip="The model that sees the concepts, for any sampler."),
@@ -71,7 +107,7 @@ class MRSAConceptComposer(io.ComfyNode):
             model, concepts, layers=layers, start=start, end=end, fidelity=style_fidelity, rule=rule, noise=noise, seed=None if reference_seed == OF_SAMPLER else reference_seed,
             empty=empty_prompt, watch=watch, bank_device=bank_device,
         )
-        return io.NodeOutput(composed, (shares, len(concepts)), report, ui=show(cls, report))
+        return io.NodeOutput(composed, shares, report, ui=show(cls, report))
 
 
 class ConceptAttentionPreview(io.ComfyNode):
@@ -97,10 +133,9 @@ class ConceptAttentionPreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, shares, latent, image, **kwargs) -> io.NodeOutput:
-        collector, _ = shares
-        if collector is None:
+        if shares is None:
             raise ValueError("MRSA Concept Composer has noted nothing: switch its watch on, and queue again.")
-        means = average_maps(collector.read())
+        means = average_maps(shares.read())
         drawn = sheet(image[: len(means)], means, [f"concept {number + 1}" for number in range(means.shape[1])])
         report = ", ".join(f"concept {number + 1}: {100 * float(means[:, number].mean()):.1f} % of the attention" for number in range(means.shape[1]))
         return io.NodeOutput(drawn, means.flatten(0, 1), ui=show(cls, report, drawn))
