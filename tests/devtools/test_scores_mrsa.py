@@ -21,6 +21,9 @@ def test_the_prompt_names_neither_colors_nor_patterns_and_each_reference_names_i
         assert len(objects) == 2 and all(not set(named) & set(mrsa.LOOKS) and {"shape", "place"} <= set(named) for named in objects)
         assert not set(found.prompt.replace(",", "").split()) & (set(COLORS) | set(PATTERNS)) - {whole.get("background")}
         assert found.named == objects and found == mrsa.pair(found.seed)
+        assert len({obj.shape for obj in found.scene.objects}) == 2
+        all_named, _ = parse(found.telling)
+        assert [{name: named.get(name, "") for name in mrsa.LOOKS} for named in all_named] == [{name: getattr(obj, name) for name in mrsa.LOOKS} for obj in found.scene.objects]
         for obj, reference, text in zip(found.scene.objects, found.references, found.captions):
             (named,), _ = parse(text)
             assert reference.objects == (obj,) and all(named.get(name, "") == getattr(obj, name) for name in mrsa.LOOKS)
@@ -58,10 +61,12 @@ def test_leaves_carry_the_keys_and_the_seeds():
     result.add(drawn(PAIRS[0].scene), PAIRS[0])
     leaves = result.leaves("7..7")
     assert leaves["both_concepts"]["value"] == 1.0 and leaves["one_concept"]["n"] == 2 and leaves["details"]["color2"]["seeds"] == "7..7"
-    assert set(mrsa.QUICK_LIMITS) == {"mrsa.both_concepts"} and set(mrsa.WAYS) == {"mrsa", "mrsa_paper_rule", "prompt_only"}
+    assert set(mrsa.WAYS) == {"mrsa", "mrsa_paper_rule", "prompt_only", "prompt_naming_all"}
+    assert {name.split(".", 1)[1] for name in mrsa.QUICK_LIMITS} <= {f"details.{name}" for name in leaves["details"]}
 
 
 def test_no_seed_of_another_score_is_used():
-    own = range(HELD_OUT + mrsa.OFFSET, HELD_OUT + mrsa.OFFSET + mrsa.COUNT)
+    # further tries lie mrsa.APART above each other; nobody needs a hundred
+    own = range(HELD_OUT + mrsa.OFFSET, HELD_OUT + mrsa.OFFSET + 100 * mrsa.APART)
     others = [HELD_OUT + p2p.OFFSET + p2p.APART * (len(p2p.KINDS) + 1), HELD_OUT + inversion_repairs.OFFSET + inversion_repairs.APART * 2, HELD_OUT + 100_000]
     assert min(own) > max(others) and max(own) < VALIDATION
