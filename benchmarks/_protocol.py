@@ -16,6 +16,15 @@ VALID = 0.02  # a run whose A/A control is further off than this is marked inval
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def host_arguments(cuda: bool) -> list[str]:
+    """The host's arguments for a measurement.
+
+    On a CPU the host's own choice of attention writes maps out (1 GB a layer at 64 x 64), and its chunks depend on what memory is free; on graphics cards
+    it takes torch's, as here.
+    """
+    return [] if cuda else ["--cpu", "--use-pytorch-cross-attention"]
+
+
 def ratio(measured: Callable[[], float], reference: Callable[[], float], rounds: int, warm_up: int) -> dict:
     """Leaf: seconds of `measured` over those of `reference`, in interleaved rounds (reference, measured, reference).
 
@@ -74,5 +83,5 @@ if __name__ == "__main__":
     runpy.run_path(str(ROOT / "devtools" / "run.py"))["register_pack"]()
     from palimpsest.devtools.inprocess import put_host_on_path
 
-    put_host_on_path(Path(os.environ["COMFYUI_PATH"]), [] if int(sys.argv[2]) else ["--cpu"])
+    put_host_on_path(Path(os.environ["COMFYUI_PATH"]), host_arguments(bool(int(sys.argv[2]))))
     print(importlib.import_module(f"palimpsest.benchmarks.{sys.argv[1]}").peak_here(*sys.argv[3:]))

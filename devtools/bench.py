@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         if not torch.cuda.is_available():
             print("torch finds no CUDA device here: leave --cuda out.", file=sys.stderr)
             return 2
-    put_host_on_path(Path(os.environ["COMFYUI_PATH"]), [] if options.cuda else ["--cpu"])
+    put_host_on_path(Path(os.environ["COMFYUI_PATH"]), importlib.import_module("palimpsest.benchmarks._protocol").host_arguments(options.cuda))
     for name in options.name or names:
         print(f"{name} ...", flush=True)
         found = figures.complete(importlib.import_module(f"palimpsest.benchmarks.{name}").bench(options.quick))

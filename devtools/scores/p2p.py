@@ -3,8 +3,8 @@
 100 edits, 25 each of swap color, swap shape, swap background and add style, once with generated sources (the source prompt's picture
 of the same seed) and once with inverted ones (drawn scenes). Prompts name the objects with all they have and the style, and leave the
 background unsaid, as people do, unless it is what changes; where a style is added the source prompt has none. Swaps of color and shape carry a local blend
-by the swapped words. Objects are plain where they are drawn anew (shape, style), as the model redraws patterns badly with any method. Seeds whose
-generated source does not show its own caption's objects are passed over (.skipped).
+by the swapped words. Objects are plain, as the model redraws patterns badly with any method; p2p.patterned: 40 inverted edits, 10 of each kind, of
+scenes with patterns. Seeds whose generated source does not show its own caption's objects are passed over (.skipped).
 
 p2p.{generated,inverted}.edit_success: the edited attribute has its new value. .kept: all others that can be read in the source picture are read the same.
 .background_psnr_db: outside the objects, swaps of color and shape only. .background_psnr_gain_db: mean gain over .same_seed, which is the
@@ -16,6 +16,7 @@ from __future__ import annotations
 import colorsys
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,8 +33,7 @@ from ..scoring import HELD_OUT, Mini, mean, pictures, rate
 
 QUICK_LIMITS = {"p2p.generated.edit_success": 0.3, "p2p.generated.kept": 0.2}
 KINDS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "style": STYLES}
-REDRAWN = ("shape", "style")  # edits that draw the object anew: of plain objects only
-PER_KIND, APART, OFFSET = 25, 10_000, 200_000  # seeds of two kinds, and of this and other scores, never meet
+PER_KIND, PATTERNED, APART, OFFSET = 25, 10, 10_000, 200_000  # seeds of two kinds, and of this and other scores, never meet
 STEPS, SCHEDULER, CFG, DENOISE = 25, "ddim_uniform", 4.0, 0.6
 START, POOL = 0.2, True
 WEIGHTS = (0.5, 1.0, 2.0)
@@ -104,11 +104,11 @@ def _there(case: Case, source: Reading) -> Scene:
     return replace(case.target, objects=objects)
 
 
-def case(kind: str, seed: int, scene: Scene | None = None, style: str | None = None) -> Case:
+def case(kind: str, seed: int, scene: Scene | None = None, style: str | None = None, plain: bool = True) -> Case:
     """The edit that belongs to a seed. style: of the source picture where that is only known once it is made."""
     rng = random.Random(seed)
     scene = sample_scene(seed) if scene is None else scene
-    if kind in REDRAWN:
+    if plain:
         scene = replace(scene, objects=tuple(replace(obj, pattern="plain", color2="") for obj in scene.objects))
     index = rng.randrange(len(scene.objects))
     obj = scene.objects[index]
@@ -160,9 +160,9 @@ def generated(mini: Mini, kind: str, seed: int, results: dict[str, Figures]) -> 
     return True
 
 
-def inverted(mini: Mini, kind: str, seed: int, results: dict[str, Figures]) -> bool:
+def inverted(mini: Mini, kind: str, seed: int, results: dict[str, Figures], plain: bool = True) -> bool:
     """Score one edit of a drawn scene."""
-    found = case(kind, seed)
+    found = case(kind, seed, plain=plain)
     latent, words = mini.encode(pictures([found.scene])), mini.prompts([found.source])
     trajectory = run_inversion(mini.model, latent, words, steps=STEPS, scheduler=SCHEDULER).trajectory
     before = mini.decode(clean_latent(trajectory, mini.model)["samples"])
@@ -206,9 +206,9 @@ def reweighted(mini: Mini, seed: int) -> bool | None:
 
 def score(quick: bool) -> dict:
     """Figures of this module (see its docstring for the keys)."""
-    count = 1 if quick else PER_KIND
     mini, out = Mini(), {}
-    for name, judge in (("generated", generated), ("inverted", inverted)):
+    for name, judge, count in (("generated", generated, PER_KIND), ("inverted", inverted, PER_KIND), ("patterned", partial(inverted, plain=False), PATTERNED)):
+        count = 1 if quick else count
         results: dict[str, Figures] = {"p2p": Figures(), "same_seed": Figures(), "img2img": Figures()}
         skipped, seeds = 0, f"{count} from {HELD_OUT + OFFSET} + {APART} k for each kind k"
         for number, kind in enumerate(KINDS):
@@ -219,7 +219,8 @@ def score(quick: bool) -> dict:
                 else:
                     skipped += 1
                 seed += 1
-            print(f"  {name}, {kind}: {done}", flush=True)
+            right = results["p2p"]
+            print(f"  {name}, {kind}: {count}, success {sum(right.success[-count:])}, kept {sum(right.kept[-count:])}", flush=True)
         leaves = {key: found.leaves(seeds) for key, found in results.items()}
         gains = [a - b for a, b in zip(results["p2p"].psnr, results["same_seed"].psnr)]
         out[name] = {**leaves.pop("p2p"), "background_psnr_gain_db": mean(gains, seeds), "skipped": {"value": skipped, "n": skipped + 4 * count, "seeds": seeds}, **leaves}
