@@ -14,7 +14,7 @@ from ._protocol import SEED, compared, highest, peak_in_child
 
 COUNTS, TARGET = (1, 2, 3), 2
 STEP = 0  # of 50; the references are seen at all of them
-FEW = 4  # rounds on a CPU for the published way and for other counts than TARGET: on two cores a round of all counts takes minutes
+FEW = 3  # rounds on a CPU for the published way and for other counts than TARGET: on two cores a round of all counts takes minutes
 
 
 def setting(quick: bool, cuda: bool):
