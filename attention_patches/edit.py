@@ -8,6 +8,7 @@ from typing import Any, Callable, Protocol
 from torch import Tensor
 
 from .blocks import Point
+from .rows import Feature
 from .source import Source
 
 
@@ -37,13 +38,14 @@ class SourceRows:
     """The source's features of one point, ready to be asked for in the rows of the current UNet call.
 
     get(branch) -> Tensor: features of that branch, one row per row of the call, in the call's dtype and on its device.
-    of(branch, i) -> Tensor: the same for the rows of chunk i alone. context(branch) -> Tensor: the text tokens [batch, S, D]
-    that the branch was run with. chunks: the pieces of the call, in the order of its rows. batch: rows of each.
+    of(branch, i) -> Tensor: the same for the rows of chunk i alone. stored(branch) -> Feature: as the source's rows gave them, of any
+    size. context(branch) -> Tensor: the text tokens [batch, S, D] that the branch was run with. chunks: the pieces of the call, in the order of its rows. batch: rows of each.
     sigma: the noise level. size: (H, W) of the point's map.
     """
 
     get: Callable[[str], Tensor]
     of: Callable[[str, int], Tensor]
+    stored: Callable[[str], Feature]
     context: Callable[[str], Tensor]
     chunks: tuple[Chunk, ...]
     batch: int
@@ -55,12 +57,13 @@ class Attention(Protocol):
     """The attention that an edit stands in for (see `Edit.attend`). Tensors are [rows, tokens, heads * dim], projected."""
 
     heads: int
+    alone: bool  # nothing else stands in for it: `below` is `plain`
 
     def below(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What would run without this edit: replacements of other nodes, else the host's attention. Rows: those of the call."""
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The host's attention, for any number of rows."""
+        """The host's attention, for any number of rows and any size of heads."""
 
     def to_q(self, x: Tensor) -> Tensor:
         """Projection of query inputs."""

@@ -87,7 +87,10 @@ def _takes_options(function: Callable) -> bool:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict) -> torch.Tensor:
-    """The host's fused attention on projected tensors [rows, tokens, heads * dim], with the settings of the block that asks."""
+    """The host's fused attention on projected tensors [rows, tokens, heads * dim], with the settings of the block that asks.
+
+    Never with a mask: SageAttention leaves masks out without a word, FlashAttention takes none.
+    """
     from comfy.ldm.modules.attention import optimized_attention
 
     # 0.3.52 knows no overrides of its attention yet
@@ -210,6 +213,16 @@ def reworded(entry: dict, words: dict) -> dict:
     named = {key: words[key] for key in ("cross_attn", "pooled_output", "uuid") if key in words}
     conds = {**entry["model_conds"], **{key: words["model_conds"][key] for key in WORDS if key in words["model_conds"]}}
     return {**kept, **named, "model_conds": conds}
+
+
+def elsewhere(entry: dict, picture: dict) -> dict:
+    """A processed entry's words and ranges with what belongs to another picture (sizes, extra channels), without its ControlNet.
+
+    picture: a processed entry of that picture.
+    """
+    kept = {key: value for key, value in entry.items() if key != "control"}
+    places = {key: value for key, value in picture["model_conds"].items() if key not in WORDS}
+    return {**kept, "model_conds": {**entry["model_conds"], **places}}
 
 
 def clean_controls(entries: list[dict]) -> None:

@@ -36,8 +36,8 @@ class ReferencePass:
         for source in sources:
             source.check_run(shape, sampler)
         mask = args[0] if args else kwargs.get("denoise_mask")
-        stored = [source for source in sources if not isinstance(source, CoevolvingSource)]
-        if len(stored) < len(sources):
+        stored = [source for source in sources if source.starts]
+        if any(isinstance(source, CoevolvingSource) for source in sources):
             check_beginning(guider.model_patcher, noise, sigmas)
         if any(edit.one_picture for edit in edits):
             # edits of one picture in a batch: all latents start from the first one's noise

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import host
 from .blocks import Point
 from .coevolving import CoevolvingRun
+from .concept_run import ConceptRun, ConceptSource
 from .edit import Chunk, Edit, RunInfo, SourceRows
 from .rows import Area, Feature, LayoutMismatch, expand
 from .source import CoevolvingSource
@@ -51,7 +52,8 @@ class BlockAttention:
     """The attention of one transformer block in one call, for `Edit.attend`."""
 
     def __init__(self, module, below: Callable, extra_options: dict):
-        self._module, self._below, self._options = module, below, extra_options
+        self._below, self._options = below, extra_options
+        self.alone = below is host.attention
         self.heads = extra_options["n_heads"]
         self.to_q, self.to_k, self.to_v = module.to_q, module.to_k, module.to_v
 
@@ -89,6 +91,8 @@ class RunState:
     def _start(self, source, bank: str) -> SourceRun:
         if isinstance(source, CoevolvingSource):
             return CoevolvingRun(source, bank, self.counters, self.once, self.guider, self.info.sigmas)
+        if isinstance(source, ConceptSource):
+            return ConceptRun(source, bank, self.counters, self.once, self.guider)
         return SourceRun(source, bank, self.counters, self.once)
 
     def _last(self, key: Hashable) -> float:
@@ -262,6 +266,7 @@ class RunState:
         return SourceRows(
             get=lambda branch: rows(branch, call.areas),
             of=lambda branch, i: rows(branch, call.areas[i : i + 1]),
+            stored=lambda branch: features[(branch, point)],
             context=context,
             chunks=call.chunks,
             batch=call.batch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Hashable
+from typing import Any, ClassVar, Hashable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Source:
     trajectory: Any
     branches: tuple[tuple[str, list], ...]
     key: Hashable = field(init=False)
+    starts: ClassVar[bool] = True  # a run may start from its noise
 
     def __post_init__(self):
         object.__setattr__(self, "key", (id(self.trajectory), tuple((name, conditioning_key(conditioning)) for name, conditioning in self.branches)))
@@ -63,6 +64,7 @@ class CoevolvingSource(Source):
     ControlNet, ranges, in-painting channels and hooks from the positive prompt, because only its words are another's.
     """
 
+    starts: ClassVar[bool] = False
     inherits: bool = True
 
     def check_run(self, shape: tuple[int, ...], sampler) -> None:

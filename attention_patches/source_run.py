@@ -29,6 +29,7 @@ class SourceRun:
     """
 
     stops = True  # the source's own output is not wanted
+    windowed = True  # context windows of the host cut the source as they cut the run
 
     def __init__(self, source: Source, bank_device: str, counters, once: Callable[..., None]):
         self.source = source
@@ -95,17 +96,21 @@ class SourceRun:
             self.once("inactive", "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there")
         return entry
 
+    def latents_of(self, branch: str, sigma: float) -> Tensor:
+        """What a branch is run with at a noise level, [B, C, H, W] in sampler scaling."""
+        return self.source.trajectory.at(sigma)
+
     def _run_pass(self, executor, model, sigma, x, timestep, model_options, window) -> dict[tuple[str, Point], Feature]:
-        latents = self.source.trajectory.at(sigma).to(x)
-        if window is not None:
-            latents = window.get_tensor(latents)
         features: dict[tuple[str, Point], Feature] = {}
         for name, entries in self.branches.items():
             entry = self.usable_entry(entries, sigma)
             if entry is None:
                 continue
+            latents = self.latents_of(name, sigma).to(x)
+            if window is not None and self.windowed:
+                latents = window.get_tensor(latents)
 
-            def run(options, entry=entry):
+            def run(options, entry=entry, latents=latents):
                 # index 0 of a list of one: other packs record maps for any call that contains index 1
                 executor(model, [[entry]], latents, timestep[:1].repeat(latents.shape[0]), options)
 

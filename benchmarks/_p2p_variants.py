@@ -12,7 +12,7 @@ import comfy.patcher_extension as extension
 import torch
 
 from ..attention_patches import host
-from ..attention_patches.blocks import unet_layers
+from ..attention_patches.blocks import Point, unet_layers
 from ..attention_patches.pnp import BRANCH
 from ..attention_patches.reference_pass import add_edit
 from ..attention_patches.source import Source
@@ -20,7 +20,7 @@ from ..p2p.edit import P2PEdit, small_self_points
 from ..p2p.plan import make_plan
 from ..p2p.tokens import read_tokens
 from ..tests.helpers.prompts import WordClip
-from ._variants import Stop
+from ._variants import OneSource, floor_of
 
 SOURCE, TARGET = "a photo of a cat on a red sofa", "a photo of a fluffy cat on a red sofa with a hat"
 
@@ -50,28 +50,7 @@ class Variants:
 
     def floor(self):
         """The source's call, stopped where ours stops (before the last cross-attention), then the user's."""
-        trajectory, entry = self.run.trajectory, []
-
-        def stop(module, args, kwargs):
-            raise Stop
-
-        def wrapper(executor, base, conds, x, timestep, model_options):
-            latents = trajectory.at(float(timestep[0])).to(x)
-            if not entry:
-                entry.append(host.process_alone(trajectory.conditioning, base, latents, x.device)[0])
-            last = base.diffusion_model.output_blocks[11][1].transformer_blocks[0].attn2
-            handle = last.register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                executor(base, [[entry[0]]], latents, timestep[:1], model_options)
-            except Stop:
-                pass
-            finally:
-                handle.remove()
-            return executor(base, conds, x, timestep, model_options)
-
-        clone = self.run.model.clone()
-        clone.add_wrapper_with_key(extension.WrappersMP.CALC_COND_BATCH, "floor", wrapper)
-        return clone
+        return floor_of(self.run.model, [OneSource(self.run.trajectory)], Point("attn2", "output", 11))
 
     def explicit(self):
         """Four rows in one call: without and with text, source before edit; the call of two is replaced by its rows of the edit."""

@@ -25,22 +25,35 @@ def host_arguments(cuda: bool) -> list[str]:
     return [] if cuda else ["--cpu", "--use-pytorch-cross-attention"]
 
 
-def ratio(measured: Callable[[], float], reference: Callable[[], float], rounds: int, warm_up: int) -> dict:
-    """Leaf: seconds of `measured` over those of `reference`, in interleaved rounds (reference, measured, reference).
-
-    The value is the median of the rounds; p10 and p90 lie beside it, and the control (second over first reference).
-    """
+def interleaved(timed: dict[str, Callable[[], float]], rounds: int, warm_up: int) -> list[dict[str, list[float]]]:
+    """Seconds by name, round by round: all of `timed` in order, then the first of them once more."""
+    first = next(iter(timed))
     for _ in range(warm_up):
-        reference()
-        measured()
-    ratios, control = [], []
+        for once in timed.values():
+            once()
+    found = []
     for _ in range(rounds):
-        before, middle, after = reference(), measured(), reference()
-        ratios.append(2 * middle / (before + after))
-        control.append(after / before)
-    off = statistics.median(control)
+        seconds = {name: [once()] for name, once in timed.items()}
+        seconds[first].append(timed[first]())
+        found.append(seconds)
+    return found
+
+
+def compared(rounds: list[dict[str, list[float]]], measured: str, reference: str) -> dict:
+    """Leaf: seconds of `measured` over those of `reference`, from the rounds of `interleaved` that hold both.
+
+    The value is the median of the rounds; p10 and p90 lie beside it, and the control (second over first time of what every round starts with, in all rounds).
+    """
+    mean = statistics.fmean
+    ratios = [mean(seconds[measured]) / mean(seconds[reference]) for seconds in rounds if measured in seconds and reference in seconds]
+    off = statistics.median(last / first for first, last in (next(iter(seconds.values())) for seconds in rounds))
     deciles = statistics.quantiles(ratios, n=10, method="inclusive")
-    return {"value": statistics.median(ratios), "p10": deciles[0], "p90": deciles[-1], "control": off, "valid": abs(off - 1) <= VALID, "n": rounds, "seeds": [SEED]}
+    return {"value": statistics.median(ratios), "p10": deciles[0], "p90": deciles[-1], "control": off, "valid": abs(off - 1) <= VALID, "n": len(ratios), "seeds": [SEED]}
+
+
+def ratio(measured: Callable[[], float], reference: Callable[[], float], rounds: int, warm_up: int) -> dict:
+    """Leaf: seconds of `measured` over those of `reference`, in rounds of reference, measured, reference."""
+    return compared(interleaved({"reference": reference, "measured": measured}, rounds, warm_up), "measured", "reference")
 
 
 def peak_in_child(module: str, cuda: bool, *arguments: str) -> dict:

@@ -9,7 +9,7 @@ import comfy.samplers
 import torch
 
 from ..tests.helpers.models import tiny_cond, tiny_sd15, tiny_trajectory
-from ._protocol import SEED, ratio
+from ._protocol import SEED, interleaved, ratio
 
 CFG = 7.5
 
@@ -67,3 +67,7 @@ class Bench:
     def ratio(self, model, reference, sigma: float) -> dict:
         """Leaf: time of a step on `model` over that on `reference`."""
         return ratio(lambda: self.step(model, sigma)[0], lambda: self.step(reference, sigma)[0], self.setting.rounds, self.setting.warm_up)
+
+    def rounds(self, models: dict, sigma: float, rounds: int, warm_up: int) -> list[dict[str, list[float]]]:
+        """Seconds of a step on each of several models, see `_protocol.interleaved`."""
+        return interleaved({name: lambda model=model: self.step(model, sigma)[0] for name, model in models.items()}, rounds, warm_up)

@@ -10,7 +10,7 @@ import comfy.patcher_extension as extension
 import torch
 
 from ..attention_patches import host
-from ..attention_patches.blocks import unet_layers
+from ..attention_patches.blocks import Point, unet_layers
 from ..attention_patches.pnp import PnPEdit, apply_pnp
 from ..attention_patches.reference_pass import edits_of
 
@@ -28,7 +28,7 @@ def _edit(model, trajectory) -> PnPEdit:
     return edits_of(ours(model, trajectory))[0]
 
 
-class _OneSource:
+class OneSource:
     """The source's processed conditioning and latents for the calls of one model."""
 
     def __init__(self, trajectory):
@@ -42,24 +42,22 @@ class _OneSource:
         return self.entry, latents
 
 
-def floor(model, trajectory):
-    """The source's UNet call, stopped after the same layer, then the user's call."""
-    last = max(_edit(model, trajectory).points(float(trajectory.sigmas[-1])), key=lambda point: point.order)
-    source = _OneSource(trajectory)
+def floor_of(model, sources: list[OneSource], last: Point):
+    """The UNet call of every source, one after the other and stopped before the attention `last`, then the user's call."""
 
     def stop(module, args, kwargs):
         raise Stop
 
     def wrapper(executor, base, conds, x, timestep, model_options):
-        entry, latents = source.get(base, x, float(timestep[0]))
-        transformer = base.diffusion_model.output_blocks[last.number][1].transformer_blocks[last.index]
-        handle = transformer.attn1.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            executor(base, [[entry]], latents, timestep[:1], model_options)
-        except Stop:
-            pass
-        finally:
-            handle.remove()
+        for source in sources:
+            entry, latents = source.get(base, x, float(timestep[0]))
+            handle = host.attention_module(base, *last).register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                executor(base, [[entry]], latents, timestep[:1], model_options)
+            except Stop:
+                pass
+            finally:
+                handle.remove()
         return executor(base, conds, x, timestep, model_options)
 
     clone = model.clone()
@@ -67,10 +65,16 @@ def floor(model, trajectory):
     return clone
 
 
+def floor(model, trajectory):
+    """The source's UNet call, stopped after the same layer, then the user's call."""
+    last = max(_edit(model, trajectory).points(float(trajectory.sigmas[-1])), key=lambda point: point.order)
+    return floor_of(model, [OneSource(trajectory)], last)
+
+
 def joined(model, trajectory):
     """One call with the source as its last row; q, k and features of the others are overwritten by it."""
     edit = _edit(model, trajectory)
-    source = _OneSource(trajectory)
+    source = OneSource(trajectory)
     assert unet_layers(model).architecture in ("SD1.x", "SD2.x"), "the comparison extends no pooled text"
 
     def first_rows_from_last(tensor):

@@ -21,7 +21,7 @@ API_FOLDER = ROOT / "workflows" / "api"
 MODEL_INPUTS = {
     "ckpt_name": "checkpoints", "lora_name": "loras", "vae_name": "vae", "control_net_name": "controlnet", "unet_name": "diffusion_models",
     "clip_name": "text_encoders", "clip_name1": "text_encoders", "clip_name2": "text_encoders", "style_model_name": "style_models",
-    "gligen_name": "gligen", "hypernetwork_name": "hypernetworks", "photomaker_model_name": "photomaker", "seecoder_name": "seecoder",
+    "gligen_name": "gligen", "hypernetwork_name": "hypernetworks", "photomaker_model_name": "photomaker", "seecoder_name": "seecoder", "sam_name": "sams",
 }
 TITLE = re.compile(r"^(?P<name>[^:\d]+?)\s*(?P<row>\d+)?\s*(?::\s*(?P<caption>.+))?$", re.S)
 

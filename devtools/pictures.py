@@ -29,12 +29,17 @@ SHOWN = {
     "PalimpsestSeeCoderLoader": ("mini-seecoder", 1, ("input", "edit")),
     "PalimpsestSeeCoderEncode": ("mini-seecoder", 1, ("input", "edit")),
     "PalimpsestSeeCoderCompare": ("mini-seecoder", 1, ("comparison",)),
+    "PalimpsestMRSAConcept": ("mini-mrsa-two_concepts", 3, ("what is kept",)),
+    "PalimpsestMRSAConceptComposer": ("mini-mrsa-two_concepts", 1, ("concept a", "concept b", "edit")),
+    "PalimpsestConceptMaskSAM": ("mrsa-sd15", 3, ("mask",)),
+    "PalimpsestConceptAttentionPreview": ("mini-mrsa-two_concepts", 3, ("where each concept is looked at",)),
     "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "picture")),
     "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
 }
 # A graph on a checkpoint that nobody here has shows the pictures of its twin on the mini checkpoint.
 TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert", "p2p-sd15": "mini-p2p-swap",
-         "p2p_inverted-sd15": "mini-p2p-inverted", "seecoder-sd15": "mini-seecoder", "seecoder_controlnet-sd15": "mini-seecoder-controlnet"}
+         "p2p_inverted-sd15": "mini-p2p-inverted", "seecoder-sd15": "mini-seecoder", "seecoder_controlnet-sd15": "mini-seecoder-controlnet",
+         "mrsa-sd15": "mini-mrsa-two_concepts", "mrsa_controlnet-sd15": "mini-mrsa-controlnet"}
 CELL, GAP, QUALITY = 256, 8, 88
 THUMBNAIL = 400
 
@@ -92,7 +97,7 @@ def grid(strips: list[Image.Image], columns: int = 2) -> Image.Image:
 
 
 def thumbnail(pictures: list[Image.Image]) -> Image.Image:
-    """A square card with one or two pictures; two stand side by side, so that a card cut to any shape still shows both."""
+    """A square card with one or a few pictures; several stand side by side, so that a card cut to any shape still shows them."""
     whole = Image.new("RGB", (THUMBNAIL, THUMBNAIL), PAPER)
     edge = (THUMBNAIL - GAP * (len(pictures) + 1)) // len(pictures)
     for index, picture in enumerate(pictures):
@@ -102,12 +107,13 @@ def thumbnail(pictures: list[Image.Image]) -> Image.Image:
 
 
 def for_thumbnail(rows: list[Row]) -> list[Image.Image]:
-    """The pictures that stand for a graph: the first input and what became of it, or its first picture."""
+    """The pictures that stand for a graph: the first input, or its concepts, and what became of them; or its first picture."""
     named = {}
     for label, picture in rows[0].pictures:
         named.setdefault(name_of(label), picture)
     after = named.get("edit") or named.get("reconstruction") or named.get("film strip")
-    return [named["input"], after] if "input" in named and after else [next(iter(named.values()))]
+    before = [picture for name, picture in named.items() if name == "input" or name.startswith("concept")]
+    return [*before, after] if before and after else [next(iter(named.values()))]
 
 
 def save(picture: Image.Image, path: Path) -> Path:
@@ -122,7 +128,7 @@ def write_all(rows: dict[str, list[Row]]) -> list[Path]:
     for path in api_graphs():
         files.append(save(thumbnail(for_thumbnail(rows[TWINS.get(path.stem, path.stem)])), WORKFLOWS / f"{path.stem}.jpg"))
     for node, (graph, number, names) in SHOWN.items():
-        files.append(save(strip(chosen(rows[graph], number, names)), NODES / f"{node}.jpg"))
+        files.append(save(strip(chosen(rows[TWINS.get(graph, graph)], number, names)), NODES / f"{node}.jpg"))
     edits = [row for graph, found in rows.items() if graph.startswith(("mini-pnp", "mini-p2p")) for row in found]
     files.append(save(grid([strip(chosen([row], 1, ("input", "edit"))) for row in edits]), EDITS))
     return files

@@ -24,6 +24,12 @@ def test_a_thumbnail_shows_the_input_and_the_edit_in_its_middle_band():
     assert [card.getpixel((x, side // 2)) for x in (side // 4, 3 * side // 4)] == [(255, 0, 0), (0, 0, 255)]
 
 
+def test_a_thumbnail_of_concepts_shows_each_and_what_became_of_them():
+    row = Row("mini", [("concept a: a red circle", picture("red")), ("concept b", picture("blue")), ("edit: both", picture("green")), ("edit: both", picture("white"))])
+    assert [one.getpixel((0, 0)) for one in pictures.for_thumbnail([row])] == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+    assert pictures.thumbnail(pictures.for_thumbnail([row])).size == (pictures.THUMBNAIL, pictures.THUMBNAIL)
+
+
 def test_a_graph_without_an_input_shows_its_first_picture():
     card = pictures.thumbnail(pictures.for_thumbnail([Row("mini", [("picture", picture("green"))])]))
     assert card.getpixel((200, 200)) == (0, 128, 0)

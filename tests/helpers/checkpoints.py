@@ -55,6 +55,16 @@ def seecoder_shapes() -> dict[str, torch.Size]:
     return {PREFIX + name: torch.Size(shape) for name, shape in expected_shapes(small(width=768)).items()}
 
 
+def sam_shapes() -> dict[str, torch.Size]:
+    """Every tensor of Segment Anything's vit_b, by the name it has in the official file; nothing without the optional package."""
+    try:
+        from segment_anything import sam_model_registry
+    except ImportError:
+        return {}
+    with torch.device("meta"):
+        return {name: value.shape for name, value in sam_model_registry["vit_b"]().state_dict().items()}
+
+
 def write_random_checkpoint(path: Path, shapes: dict[str, torch.Size], seed: int = 0) -> None:
     """A checkpoint of these shapes in float16 whose layers keep the variance, so that nothing overflows.
 
@@ -71,4 +81,7 @@ def write_random_checkpoint(path: Path, shapes: dict[str, torch.Size], seed: int
         tensors[name] = repeated.div_(math.sqrt(math.prod(shape[1:]))).reshape(shape)
         offset = (offset + count) % len(pool)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, str(path))
+    if path.suffix == ".safetensors":
+        save_file(tensors, str(path))
+    else:
+        torch.save(tensors, path)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from palimpsest.devtools.graphs import api_graphs, load_graph, missing_models, role
-from palimpsest.tests.helpers.checkpoints import controlnet_sd15_shapes, sd15_shapes, seecoder_shapes, write_random_checkpoint
+from palimpsest.tests.helpers.checkpoints import controlnet_sd15_shapes, sam_shapes, sd15_shapes, seecoder_shapes, write_random_checkpoint
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 GRAPHS = [path for path in api_graphs() if not path.stem.startswith("mini-")]
@@ -16,20 +16,25 @@ SHAPES = {
     "Realistic_Vision_V5.1_fp16-no-ema.safetensors": sd15_shapes,
     "seecoder-v1-0.safetensors": seecoder_shapes,
     "control_v11p_sd15_canny_fp16.safetensors": controlnet_sd15_shapes,
+    "sam_vit_b_01ec64.pth": sam_shapes,
 }
-PIXELS, STEPS = 64, 2
+PIXELS, STEPS, PAINTED = 64, 2, "painted.png"
 SMALL = {"width": PIXELS, "height": PIXELS, "steps": STEPS, "end_at_step": STEPS}
 
 
 @pytest.fixture(scope="module")
 def stocked_server(server):
-    """The server with a random checkpoint under every name that a community graph loads."""
+    """The server with a random checkpoint under every name that a community graph loads, and a picture with a painted mask."""
     models = [model for path in GRAPHS for node in load_graph(path).values() for model in node.get("_meta", {}).get("models", [])]
     files = []
     for model in {model["name"]: model for model in models}.values():
         assert model["name"] in SHAPES, f"tell SHAPES what {model['name']} is made of"
         files.append(server.base / "models" / model["directory"] / model["name"])
         write_random_checkpoint(files[-1], SHAPES[model["name"]]())
+    files.append(server.base / "input" / PAINTED)
+    painted = Image.effect_noise((96, 96), 60).convert("RGBA")
+    painted.putalpha(Image.linear_gradient("L").resize((96, 96)))
+    painted.save(files[-1])
     yield server
     server.request("/free", {"unload_models": True, "free_memory": True})
     for file in files:
@@ -42,15 +47,23 @@ def stocked_server(server):
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
 def test_community_graph_runs_on_random_weights(stocked_server, path):
     graph = load_graph(path)
+    if any(node["class_type"] == "PalimpsestConceptMaskSAM" for node in graph.values()):
+        pytest.importorskip("segment_anything", reason="the optional package segment-anything is not installed")
     assert missing_models(graph, stocked_server.object_info()) == []
+    masks = {value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list) and value[1] == 1}
+    painted = [graph[node_id] for node_id in masks if graph[node_id]["class_type"] == "LoadImage"]
+    for loader in painted:
+        loader["inputs"]["image"] = PAINTED
     for node in graph.values():
         node["inputs"].update({name: value for name, value in SMALL.items() if name in node["inputs"]})
     before = len(stocked_server.log().encode())
     result = stocked_server.run(graph)
-    assert not re.findall(r".*(?:missing|unexpected).*", stocked_server.log(before), re.I), "the random checkpoint is not of the shapes that the host expects"
+    log = stocked_server.log(before)
+    assert not re.findall(r".*(?:missing|unexpected).*", log, re.I), "the random checkpoint is not of the shapes that the host expects"
+    assert not painted or "no effect" not in log, "a node of ours was idle"
     pictures = {node_id: result.images(node_id) for node_id, node in graph.items() if node["class_type"] == "SaveImage"}
     assert pictures and all(pictures.values())
     for node_id, found in ((node_id, picture) for node_id, several in pictures.items() for picture in several):
         pixels = np.asarray(Image.open(io.BytesIO(stocked_server.view(found))))
         # a reference is shown as it was loaded
-        assert pixels.std() > 0 and (role(graph[node_id]).name == "input" or pixels.shape == (PIXELS, PIXELS, 3))
+        assert pixels.std() > 0 and (role(graph[node_id]).name.startswith(("input", "concept")) or pixels.shape == (PIXELS, PIXELS, 3))
