@@ -114,6 +114,19 @@ def test_other_nodes_work_in_either_order(model, positive, negative, name):
     assert relative(last, ksampler(composing(model), ZERO, positive, negative)) > 1e-4, "the other node takes part"
 
 
+def test_another_replacement_of_the_same_layer_is_named(model, positive, negative, caplog):
+    """One slot holds one replacement: where another node's sits in a composed layer, people hear which rows are lost to it."""
+    other = model.clone()
+    other.set_model_attn1_replace(lambda q, k, v, options: torch.zeros_like(q), "output", 7)
+    out = ksampler(composing(other), ZERO, positive, negative)
+    (line,) = [message for message in caplog.messages if "another node replaces" in message]
+    assert "block output 7" in line
+    assert relative(out, ksampler(composing(model), ZERO, positive, negative)) > 1e-4, "the negative rows stay the other node's"
+    caplog.clear()
+    ksampler(composing(model), ZERO, positive, negative)
+    assert not [message for message in caplog.messages if "another node replaces" in message]
+
+
 def test_an_area_prompt_sees_the_concepts_too(model, positive, negative):
     import nodes
 
