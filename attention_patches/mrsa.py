@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from . import host
-from .blocks import SD1, SD2, SDXL, Point, attention_points, unet_layers
+from .blocks import SD1, SD2, SDXL, Point, UNetLayers, attention_points, unet_layers
 from .collectors import Collector
 from .concept_run import FRESH, NEGATIVE, NOISES, ConceptSource
 from .edit import Attention, Edit, RunInfo, SourceRows
-from .maps import word_maps
-from .mrsa_attention import CODE, RULES, References, attend, blend_style, pick
+from .mrsa_attention import CODE, RULES, References, attend, blend_style, pick, shares
 from .mrsa_concept import Concept, Concepts
 from .pnp import in_window
 from .reference_pass import add_edits, edits_of
@@ -34,12 +33,16 @@ PRESETS = {
 }
 
 
+NOTHING = "no concept has an effect with these weights, masks, layers and window, so nothing was composed: see the report of MRSA Concept Composer, and queue again"
+
+
 @dataclass(frozen=True, eq=False)
 class MRSAEdit(Edit):
     """The composition. concepts: as the branches of `source`, in order. places: "attn1" points. ceiling, floor: noise levels (the floor excluded).
 
     fidelity: style fidelity 0..1. rule: one of RULES. results: receives under each point how much of the attention each of `count` concepts gets,
-    [B, h, w, count], summed over steps, and the number of steps; or None. numbers: the place of each of `concepts` among them.
+    [B, h, w, count], summed over steps, and the number of steps; or None. numbers: the place of each of `concepts` among them. watched: at which
+    points, watch_ceiling, watch_floor: at which noise levels.
     """
 
     concepts: tuple[Concept, ...] = ()
@@ -51,6 +54,9 @@ class MRSAEdit(Edit):
     fidelity: float = 1.0
     rule: str = CODE
     results: Collector | None = None
+    watched: frozenset[Point] = frozenset()
+    watch_ceiling: float = math.inf
+    watch_floor: float = -math.inf
 
     @property
     def collector(self):
@@ -91,7 +97,7 @@ class MRSAEdit(Edit):
 
         def composed(i: int) -> Tensor:
             references, numbers, counts = sides[chunks[i].role]
-            noted = self.results is not None and chunks[i].role == "positive" and chunks[i].whole
+            noted = self._watches(point, source.sigma) and chunks[i].role == "positive" and chunks[i].whole
             watch = partial(self._note, point, source, attention, numbers, counts) if noted else None
             return attend(*parts[i], references, self.rule, attention.heads, attention.plain, watch)
 
@@ -141,64 +147,95 @@ class MRSAEdit(Edit):
         except KeyError:  # the negative prompt is switched off at this step, or there is none
             return None
 
+    def _watches(self, point: Point, sigma: float) -> bool:
+        return self.results is not None and point in self.watched and sigma <= self.watch_ceiling and in_window(sigma, self.watch_floor)
+
     def _note(self, point: Point, source: SourceRows, attention: Attention, numbers: tuple[int, ...], counts: tuple[int, ...], q: Tensor, k: Tensor) -> None:
         """Add this step's share of every query's attention that goes to each concept. q, k: as the attention got them."""
         total, steps, last = self.results.get(point, (0.0, 0, None))
         if last == source.sigma or q.shape[:2] != (source.batch, math.prod(source.size)):
             # a later call at this noise level, or tokens that another node tiles or merges
             return
-        words = torch.zeros(1, k.shape[1], self.count, device=k.device)
-        start = k.shape[1] - sum(counts)
-        for number, count in zip(numbers, counts):
-            words[:, start : start + count, number] = 1.0
-            start += count
-        shares = word_maps(q, k, words.expand(q.shape[0], -1, -1), attention.heads).unflatten(1, source.size)
-        self.results.add(point, (total + shares.cpu(), steps + 1, source.sigma))
+        found = torch.zeros(*q.shape[:2], self.count)
+        found[..., list(numbers)] = shares(q, k, counts, attention.heads, attention.plain).cpu()
+        self.results.add(point, (total + found.unflatten(1, source.size), steps + 1, source.sigma))
 
 
 def compose(
     model, concepts: Concepts, *, layers: str = "preset default", start: float = 0.0, end: float = 1.0, fidelity: float = 1.0, rule: str = CODE,
     noise: str = FRESH, seed: int | None = None, empty: list | None = None, watch: bool = False, bank_device: str = "auto",
+    watch_layers: str = "", watch_start: float = 0.0, watch_end: float = 1.0,
 ):
     """A clone of `model` whose pictures see the concepts, the collector of attention shares (None unless `watch`), and a report.
 
     model: ModelPatcher. start, end: fractions of the schedule. empty: CONDITIONING that replaces the concepts' own prompts, or None. seed: of the references' noise,
-    None for the sampler's. Raises ValueError, one sentence, for anything that does not fit together. Concepts without effect install nothing.
+    None for the sampler's. watch_layers: of the composed ones, all where it is empty; watch_start, watch_end: fractions. Raises ValueError, one sentence, for anything
+    that does not fit together. Concepts without effect install nothing.
     """
-    if not len(concepts):
-        raise ValueError("There is no concept: connect one or several chained MRSA Concept nodes.")
     if any(isinstance(edit, MRSAEdit) for edit in edits_of(model)):
         raise ValueError("This MODEL comes from an MRSA Concept Composer already: chain all concepts into one composer.")
     if rule not in RULES or noise not in NOISES:
         raise ValueError(f"There is no rule {rule} or noise {noise}: choose {' or '.join(RULES)}, and {' or '.join(NOISES)}.")
     if not 0.0 <= fidelity <= 1.0 or not 0.0 <= start <= end <= 1.0:
         raise ValueError(f"Style fidelity {fidelity:g} and the window {start:g} to {end:g} are fractions between 0 and 1, the start before the end.")
+    _check_concepts(model, concepts, empty)
     known = unet_layers(model)
     places = attention_points(layers, known, "attention layers", "attn1", PRESETS)
-    width = host.token_width(model)
-    for number, concept in enumerate(concepts, 1):
-        check_conditioning(empty or concept.conditioning, width, f"concept {number}")
-    used = tuple(concept for concept in concepts if concept.weight != 0 and any(len(concept.selection(size).indices) for size in concept.sizes))
+    watched = _watched(known, places, watch_layers, watch_start, watch_end) if watch else frozenset()
+    used = []
     report = [f"model: {known.architecture}", f"self-attention: {len(places)} layers, {start:g} to {end:g} of the schedule", f"rule: {rule}; style fidelity {fidelity:g}"]
     for number, concept in enumerate(concepts, 1):
-        idle = "" if concept in used else ", no effect"
-        report.append(f"concept {number}: weight {concept.weight:g}, latent {concept.size[1]} x {concept.size[0]}{idle}")
+        # a thin thing may be kept at the finest layers only
+        kept = concept.weight != 0 and any(len(concept.selection(size).indices) for size in {known.size((place.part, place.number), concept.size) for place in places})
+        used += [concept] if kept else []
+        report.append(f"concept {number}: weight {concept.weight:g}, latent {concept.size[1]} x {concept.size[0]}" + ("" if kept else ", no effect"))
+        if not kept and places and any(len(concept.selection(size).indices) for size in concept.sizes):
+            report[-1] += ": its mask keeps no token at the sizes of these layers"
+            host.log.warning("Palimpsest: concept %d has no effect, its mask keeps no token at the sizes of the chosen layers.", number)
     if not used or not places or start == end:
         report.append("no effect: nothing is installed")
         host.log.warning("Palimpsest: MRSA has nothing to show with these concepts and settings, the model is left as it is.")
-        return model, Collector("attention shares") if watch else None, "\n".join(report)
+        return model, Collector("attention shares", NOTHING) if watch else None, "\n".join(report)
     process = model.get_model_object("latent_format").process_in
     source = ConceptSource(
         None, tuple((f"concept {number}", empty or concept.conditioning) for number, concept in enumerate(used, 1)),
         latents=tuple(process(concept.latent) for concept in used), noise=noise, seed=seed, negatives=fidelity < 1.0,
     )
-    sampling = model.get_model_object("model_sampling")
     results = Collector("attention shares") if watch else None
+    (ceiling, floor), (watch_ceiling, watch_floor) = host.window(model, start, end), host.window(model, watch_start, watch_end)
     edit = MRSAEdit(
-        source=source, bank_device=bank_device, concepts=used, numbers=tuple(number for number, concept in enumerate(concepts) if concept in used), count=len(concepts),
-        places=places, fidelity=fidelity, rule=rule, results=results,
-        ceiling=math.inf if start <= 0.0 else float(sampling.percent_to_sigma(start)), floor=-math.inf if end >= 1.0 else float(sampling.percent_to_sigma(end)),
+        source=source, bank_device=bank_device, concepts=tuple(used), numbers=tuple(number for number, concept in enumerate(concepts) if concept in used), count=len(concepts),
+        places=places, fidelity=fidelity, rule=rule, ceiling=ceiling, floor=floor, results=results, watched=watched, watch_ceiling=watch_ceiling, watch_floor=watch_floor,
     )
     rows = len(used) * (1 if fidelity == 1.0 else 2)
-    report.append(f"rows per step: {rows} more than the plain run, one at a time" + ("" if fidelity == 1.0 else f" ({len(used)} of them for the negative half)"))
+    report.append(f"rows per step: {rows} more than the plain run, one at a time" + ("" if fidelity == 1.0 else f" ({len(used)} of them for the negative half, where it runs)"))
+    if watch:
+        report.append(f"watched: {len(watched)} of these layers, {watch_start:g} to {watch_end:g} of the schedule")
     return add_edits(model, edit), results, "\n".join(report)
+
+
+def _check_concepts(model, concepts: Concepts, empty: list | None) -> None:
+    if not len(concepts):
+        raise ValueError("There is no concept: connect one or several chained MRSA Concept nodes.")
+    width, channels = host.token_width(model), model.get_model_object("latent_format").latent_channels
+    if empty is not None:
+        check_conditioning(empty, width, "empty_prompt")
+    for number, concept in enumerate(concepts, 1):
+        if empty is None:
+            check_conditioning(concept.conditioning, width, f"concept {number}")
+        if concept.latent.shape[1] != channels:
+            raise ValueError(
+                f"The latent of concept {number} has {concept.latent.shape[1]} channels, but the connected model works on {channels}: "
+                "encode its picture with the VAE of this checkpoint."
+            )
+
+
+def _watched(known: UNetLayers, places: frozenset[Point], layers: str, start: float, end: float) -> frozenset[Point]:
+    if not 0.0 <= start < end <= 1.0:
+        raise ValueError(f"The watch window goes from {start:g} to {end:g}, but it needs two fractions between 0 and 1, the smaller first.")
+    if not layers.strip():
+        return places
+    chosen = attention_points(layers, known, "watch layers", "attn1", PRESETS) & places
+    if places and not chosen:
+        raise ValueError("None of the watch layers sees the concepts: choose among the layers of this node, or leave watch_layers empty for all of them.")
+    return chosen

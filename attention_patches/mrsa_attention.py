@@ -117,6 +117,24 @@ def attend(
     return out.unflatten(-1, (heads, -1))[..., :dim].flatten(2)
 
 
+def shares(q: Tensor, k: Tensor, counts: Sequence[int], heads: int, attention: Attend) -> Tensor:
+    """Share of every query's attention that goes to each reference, averaged over heads: [rows, N, R] float32.
+
+    q, k: as `attend` gives them to its `watch`. counts: tokens of each reference; they lie at the end of k. Attention over values that are
+    1 in one channel per reference, so the map itself is never made.
+    """
+    count, dim = len(counts), k.shape[-1] // heads
+    start, found = k.shape[1] - sum(counts), []
+    for first in range(0, count, dim):
+        group = counts[first : first + dim]
+        marks = k.new_zeros(k.shape).unflatten(-1, (heads, dim))
+        for channel, tokens in enumerate(group):
+            marks[:, start : start + tokens, :, channel] = 1.0
+            start += tokens
+        found.append(attention(q, k, marks.flatten(2)).unflatten(-1, (heads, dim))[..., : len(group)].float().mean(2))
+    return torch.cat(found, -1)
+
+
 def blend_style(with_references: Callable[[], Tensor], plain: Callable[[], Tensor], fidelity: float) -> Tensor:
     """Output of the unconditional half: (1 - s) MRSA + s plain self-attention, s the style fidelity.
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from palimpsest.attention_patches.mrsa_attention import CODE, PAPER, References, attend, blend_style, code_rule, paper_rule, pick
+from palimpsest.attention_patches.mrsa_attention import CODE, PAPER, References, attend, blend_style, code_rule, paper_rule, pick, shares
 from palimpsest.attention_patches.mrsa_masks import select
 from palimpsest.attention_patches.rewrites import shared_self_attention
 
@@ -108,6 +108,22 @@ def test_masked_out_tokens_are_dropped_and_kept_ones_come_in_order(own):
     assert not new[:, :count].any() and not values[..., DIM:].any() and bool((queries[..., DIM:] == 1).all())
     assert torch.allclose(new[:, count:].sum(-1) / 16**0.5, picked.weights.double()[:, None].expand(ROWS, -1, HEADS), rtol=1e-12)
     assert torch.equal(new, new[..., :1].expand_as(new))
+
+
+@pytest.mark.parametrize("rule", [CODE, PAPER])
+@pytest.mark.parametrize("count", [2, 19])
+def test_shares_are_the_columns_of_the_map(own, rule, count):
+    """More references than channels in a head go in groups."""
+    chosen, weights = [masks()[i % 3] for i in range(count)], [1.0 + 0.1 * i for i in range(count)]
+    refs, noted = projected(count, chosen), []
+    composed(own, refs, chosen, weights, rule, watch=lambda q, k: noted.append((q, k)))
+    counts = pick([select(mask, weight) for mask, weight in zip(chosen, weights)], rule).counts
+    found = shares(*noted[0], counts, HEADS, usual)
+    # values that tell one reference from all else
+    for number in {0, 1, count - 1}:
+        marked = [(key, torch.full_like(value, float(i == number))) for i, (key, value) in enumerate(refs)]
+        expected = textbook((*own[:2], torch.zeros_like(own[2])), marked, chosen, weights, rule).unflatten(-1, (HEADS, DIM))[..., 0].mean(-1)
+        assert found.shape == (ROWS, 24, count) and float((found[..., number] - expected).abs().max()) < 1e-6
 
 
 def test_grey_masks_weigh_their_tokens(own):
