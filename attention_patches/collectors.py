@@ -17,9 +17,10 @@ NOTHING_SEEN = "the run visited no step and no layer that was asked for"
 class Collector:
     """Holds values found during one run, by key. The one mutable thing an edit may point to."""
 
-    def __init__(self, what: str):
-        """what: the contents in words, for messages ("attention maps")."""
+    def __init__(self, what: str, nothing: str | None = None):
+        """what: the contents in words, for messages ("attention maps"). nothing: where it is known that no run will fill it, why and what to do."""
         self.what = what
+        self.nothing = nothing
         self._items: dict[Any, Any] = {}
         self._reason = NEVER_RUN
 
@@ -45,6 +46,8 @@ class Collector:
 
     def read(self) -> dict[Any, Any]:
         """Everything of the last run. Raises ValueError, one sentence with the reason, when there is nothing."""
+        if not self._items and self.nothing is not None:
+            raise ValueError(f"There are no {self.what} to show because {self.nothing}.")
         if not self._items:
             raise ValueError(
                 f"There are no {self.what} to show because {self._reason}: connect this node to the LATENT of the sampler "

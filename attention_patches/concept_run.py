@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Hashable
 
 import torch
 from torch import Tensor
 
 from . import host
 from .source import Source
-from .source_run import SourceRun
+from .source_run import SourceRun, first_usable
 
 FRESH, FIXED = NOISES = ("fresh every step (published)", "fixed")
 NEGATIVE = "negative "  # before a branch's name: the same picture run with the sampler's negative prompt
@@ -26,6 +26,7 @@ class ConceptSource(Source):
     """
 
     starts: ClassVar[bool] = False
+    together: ClassVar[bool] = False  # a concept whose prompt is switched off leaves the others as they are
     latents: tuple[Tensor, ...] = ()
     noise: str = FRESH
     seed: int | None = None
@@ -36,11 +37,7 @@ class ConceptSource(Source):
         object.__setattr__(self, "key", (*self.key, tuple(map(id, self.latents)), self.noise, self.seed, self.negatives))
 
     def check_run(self, shape: tuple[int, ...], sampler) -> None:
-        channels = {int(latent.shape[1]) for latent in self.latents} - {shape[1]}
-        if channels:
-            raise ValueError(
-                f"A concept's latent has {channels.pop()} channels, but the sampler's has {shape[1]}: encode the concept's picture with the VAE of this checkpoint."
-            )
+        """Pictures of any size go with a run of any size; that they are latents of the model's kind is known before."""
 
 
 def noise_like(latent: Tensor, seed: int, branch: int, sigma: float | None) -> Tensor:
@@ -57,6 +54,7 @@ class ConceptRun(SourceRun):
     """The reference pictures of one run: x = z + sigma e at each noise level, with e drawn anew or once."""
 
     windowed = False  # a reference is seen as a whole, whatever part of a long picture the run is at
+    inactive = "a concept's prompt is switched off at some steps (start and end percent): the concept is not seen there"
 
     def __init__(self, source: ConceptSource, bank_device, counters, once, guider):
         super().__init__(source, bank_device, counters, once)
@@ -72,6 +70,24 @@ class ConceptRun(SourceRun):
             own = self.branches[name] = host.process_alone(conditioning, model, torch.zeros_like(clean), noise.device, latent_image=clean, seed=seed)
             if negatives:
                 self.branches[NEGATIVE + name] = [host.elsewhere(entry, own[0]) for entry in negatives]
+
+    def cut(self, sigma: float, window) -> Hashable:
+        # a pass with the negative prompt also serves later calls at its level that hold none (PAG)
+        asked = self.source.negatives and "negative" in self.roles
+        return NEGATIVE if asked or self.store.get(sigma, NEGATIVE) is not None else None
+
+    def due(self, sigma: float) -> list[tuple[str, list[dict]]]:
+        found = []
+        for name, entries in self.branches.items():
+            if name.startswith(NEGATIVE):
+                # not where the call holds no negative (cfg 1), nor for a concept that the positive half does not see
+                if "negative" not in self.roles or first_usable(self.branches[name.removeprefix(NEGATIVE)], sigma) is None:
+                    continue
+                if first_usable(entries, sigma) is None:
+                    self.once("negative", "the negative prompt has no entry for the whole picture at some steps: its half does not see the concepts there")
+                    continue
+            found.append((name, entries))
+        return found
 
     def close(self) -> None:
         # the negative's entries belong to the run

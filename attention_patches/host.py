@@ -144,6 +144,13 @@ def token_width(model) -> int | None:
     return width if isinstance(width, int) else None
 
 
+def window(model, start: float, end: float) -> tuple[float, float]:
+    """Noise levels (ceiling, floor) of a window of fractions of the schedule, as the host's own start and end percent count; without end at 0 and 1."""
+    sampling = model.get_model_object("model_sampling")
+    ceiling = float("inf") if start <= 0.0 else float(sampling.percent_to_sigma(start))
+    return ceiling, float("-inf") if end >= 1.0 else float(sampling.percent_to_sigma(end))
+
+
 def tag_roles(guider) -> None:
     """Mark each processed conditioning entry of a run with the name of its list.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..p2p.tokens import read_tokens
+from . import host
 from .blocks import ATTENTION_PRESETS, SD1, SD2, SDXL, attention_points, feature_points, unet_layers
 from .collectors import Collector
 from .maps import CollectFeatures, CollectMaps
@@ -22,9 +23,7 @@ def _window(model, start: float, end: float) -> tuple[float, float]:
     """Noise levels (ceiling, floor) of a window of fractions of the schedule, as the host's own start and end percent count."""
     if not 0.0 <= start < end <= 1.0:
         raise ValueError(f"The window goes from {start:g} to {end:g}, but it needs two fractions between 0 and 1, the smaller first.")
-    sampling = model.get_model_object("model_sampling")
-    floor = float("-inf") if end >= 1.0 else float(sampling.percent_to_sigma(end))
-    return float("inf") if start <= 0.0 else float(sampling.percent_to_sigma(start)), floor
+    return host.window(model, start, end)
 
 
 def collect_maps(model, clip, prompt: str, words: list[str], layers: str, start: float, end: float):

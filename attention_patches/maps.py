@@ -16,15 +16,15 @@ from .pnp import in_window
 QUERIES_AT_ONCE = 1024  # explicit maps of 8 heads and 77 tokens then take 2.5 MB per row
 
 
-def word_maps(q: Tensor, k: Tensor, words: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+def word_maps(q: Tensor, k: Tensor, words: Tensor, heads: int) -> Tensor:
     """Attention that each query gives to groups of words, averaged over heads: [B, N, K] float32.
 
-    q: [B, N, heads * dim], k: [B, M, heads * dim]; words: [B, M, K] weights of the tokens. bias: [1, 1, 1, M] on the scaled
-    logits. Softmax in float32 (SD2 overflows in half).
+    q: [B, N, heads * dim], k: [B, M, heads * dim]; words: [B, M, K] weights of the tokens. Softmax in float32 (SD2 overflows
+    in half).
     """
     q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (q, k))
-    k, words, offset = k.transpose(-1, -2) * q.shape[-1] ** -0.5, words[:, None].float(), 0.0 if bias is None else bias.float()
-    parts = [(torch.softmax(part @ k + offset, dim=-1) @ words).mean(1) for part in q.split(QUERIES_AT_ONCE, dim=2)]
+    k, words = k.transpose(-1, -2) * q.shape[-1] ** -0.5, words[:, None].float()
+    parts = [(torch.softmax(part @ k, dim=-1) @ words).mean(1) for part in q.split(QUERIES_AT_ONCE, dim=2)]
     return torch.cat(parts, dim=1)
 
 

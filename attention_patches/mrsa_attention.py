@@ -1,4 +1,4 @@
-"""FreeCustom's multi-reference self-attention as rewrites of k and v (pure torch).
+"""FreeCustom's multi-reference self-attention as rewrites of q, k and v (pure torch).
 
 Ding et al., CVPR 2024. A picture's queries see its own keys and those of R reference pictures under one softmax. Two rules
 exist, with quite different numbers; m is a reference's mask, w its weight, L the scaled logits:
@@ -6,12 +6,11 @@ exist, with quite different numbers; m is a reference's mask, w its weight, L th
 code rule (the authors' code)     L_ref + w m where w m is not 0, cut where it is
 paper rule (the paper's formula)  L_ref * (w m), cut nowhere
 
-Neither needs the map. Code rule: masked-out tokens are dropped, and what is left is a bias per key, one row for all queries
-and heads. Paper rule: the keys are scaled, k := [k, (w m) k_ref], and as to_k has no bias that can be done on the
-attention's inputs too.
+Neither needs the map. Code rule: masked-out tokens are dropped, and what is left is a bias per key, which fits into a few
+channels more. Paper rule: the keys are scaled, k := [k, (w m) k_ref].
 
-Projected q, k, v are [rows, heads, tokens, dim], attention inputs [rows, tokens, channels]. References have as many rows as
-the call or one for all. Nothing here looks at a tensor's values: what a mask keeps is decided once, by mrsa_masks.select.
+Tensors are [rows, tokens, heads * dim], projected, as the host's attention takes them. What is taken of a reference is a choice
+of tokens, so it commutes with to_k and to_v: `pick` chooses once per layer size, `Picked.of` gathers before the projection.
 """
 
 from __future__ import annotations
@@ -25,107 +24,115 @@ from torch import Tensor
 from .mrsa_masks import Selection
 
 CODE, PAPER = RULES = ("code", "paper")
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Reference(NamedTuple):
-    """One reference at one layer: its keys and values [rows or 1, heads, n, dim], and what its mask keeps of the n tokens."""
+class Picked(NamedTuple):
+    """What a rule takes of the references of one layer, reference after reference.
+
+    places: per reference, the tokens that are taken, int64 [m]. weights: [M] float32 of all of them: bias or factor.
+    """
+
+    places: tuple[Tensor, ...]
+    weights: Tensor
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each reference."""
+        return tuple(len(places) for places in self.places)
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """These tokens [rows, M, C] of every reference's [rows, n, C]."""
+        return torch.cat([tensor.index_select(1, places) for tensor, places in zip(tensors, self.places)], 1)
+
+    def moved(self, places: torch.device, weights: torch.device) -> Picked:
+        """The same with its parts on these devices: where the references wait, and where the call is computed."""
+        return Picked(tuple(tokens.to(places) for tokens in self.places), self.weights.to(weights))
+
+
+class References(NamedTuple):
+    """The taken tokens of a layer's references as keys and values [rows or 1, M, heads * dim], and their weights [M]."""
 
     k: Tensor
     v: Tensor
-    selection: Selection
+    weights: Tensor
 
 
-def _like(tensor: Tensor, own: Tensor) -> Tensor:
-    """Reference tensor in the rows, dtype and device of the call's own."""
-    return tensor.to(own).expand(own.shape[0], *tensor.shape[1:])
+def pick(selections: Sequence[Selection], rule: str) -> Picked:
+    """What a rule takes of references whose masks say `selections`.
 
-
-def seen(references: Sequence[Reference]) -> list[Reference]:
-    """The references that have any effect: weight and mask are not zero everywhere.
-
-    In the paper's formula such a reference would still leak in, each of its tokens with logit 0; switched off is meant
-    to be off.
+    code: the kept tokens. paper: all of them, but none of a reference whose weight and mask are zero everywhere: in the formula it
+    would leak in, each token with logit 0, and switched off is meant to be off. Raises ValueError for an unknown rule.
     """
-    return [reference for reference in references if len(reference.selection.indices)]
+    if rule not in RULES:
+        raise ValueError(f'There is no rule "{rule}" for reference weights: choose one of {", ".join(RULES)}.')
+    if rule == CODE:
+        return Picked(tuple(selection.indices for selection in selections), torch.cat([selection.bias for selection in selections]))
+    seen = [len(selection.weighted) if len(selection.indices) else 0 for selection in selections]
+    return Picked(tuple(torch.arange(count) for count in seen), torch.cat([selection.weighted[:count] for selection, count in zip(selections, seen)]))
 
 
-def code_rule(k: Tensor, v: Tensor, references: Sequence[Reference]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and the bias of the code rule, for the usual attention.
+def code_rule(q: Tensor, k: Tensor, v: Tensor, references: References, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of the code rule for an attention without mask: the references behind the own tokens, the bias in channels of its own.
 
-    k, v: own, [rows, heads, N, dim]. Returns k and v with the kept tokens of the references after the own ones, and the bias
-    [1, 1, 1, N + kept] to add to the scaled logits; k and v themselves and None where nothing is kept.
+    Every head gets 1 to 8 channels more, up to a multiple of 8 as kernels want it; the output is cut back to dim. The kernel divides
+    by the root of the new width D, so q is scaled by sqrt(D / dim), and the bias is spread over all new channels, because
+    kernels that round a head's channels together (int8) would lose the others beside one large value.
     """
-    kept = seen(references)
-    if not kept:
-        return k, v, None
-    keys, values, biases = [k], [v], [k.new_zeros(k.shape[2])]
-    for reference in kept:
-        indices = reference.selection.indices.to(k.device)
-        keys.append(_like(reference.k.to(k.device).index_select(2, indices), k))
-        values.append(_like(reference.v.to(v.device).index_select(2, indices), v))
-        biases.append(reference.selection.bias.to(k))
-    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(biases)[None, None, None]
+    q, k, v, keys, values = (x.unflatten(-1, (heads, -1)) for x in (q, k, v, references.k, references.v))
+    dim, own = q.shape[-1], k.shape[1]
+    extra = 8 - dim % 8
+    width = dim + extra
+    bias = references.weights.to(k.device, torch.promote_types(k.dtype, torch.float32)) * (width**0.5 / extra)
+    # each written once
+    all_keys, all_values = (k.new_empty(k.shape[0], own + keys.shape[1], heads, width) for _ in range(2))
+    all_keys[:, :own, :, :dim], all_keys[:, own:, :, :dim] = k, keys
+    all_keys[:, :own, :, dim:], all_keys[:, own:, :, dim:] = 0.0, bias[:, None, None]
+    all_values[:, :own, :, :dim], all_values[:, own:, :, :dim], all_values[..., dim:] = v, values, 0.0
+    queries = torch.nn.functional.pad(q * (width / dim) ** 0.5, (0, extra), value=1.0)
+    return queries.flatten(2), all_keys.flatten(2), all_values.flatten(2)
 
 
-def paper_rule(k: Tensor, v: Tensor, references: Sequence[Reference], literal: bool = False) -> tuple[Tensor, Tensor]:
-    """Keys and values of the paper rule, for the usual attention: all tokens of the references, keys scaled by weight and mask.
-
-    literal: keep references without effect too, as the formula does; see `seen`.
-    """
-    used = references if literal else seen(references)
-    if not used:
-        return k, v
-    keys = [_like(reference.k, k) * reference.selection.weighted.to(k)[:, None] for reference in used]
-    return torch.cat([k, *keys], 2), torch.cat([v, *(_like(reference.v, v) for reference in used)], 2)
-
-
-def paper_inputs(context: Tensor, value: Tensor, references: Sequence[tuple[Tensor, Selection]]) -> tuple[Tensor, Tensor]:
-    """The paper rule on attention inputs: what a list patch hands to to_k and to_v.
-
-    context, value: own, [rows, N, C]. references: normed tokens [rows or 1, n, C] and what their mask says. The same rewrite as
-    rewrites.shared_self_attention, for keys and values that another edit may have changed apart.
-    """
-    used = [(tokens, selection) for tokens, selection in references if len(selection.indices)]
-    if not used:
-        return context, value
-    keys = [_like(tokens, context) * selection.weighted.to(context)[:, None] for tokens, selection in used]
-    return torch.cat([context, *keys], 1), torch.cat([value, *(_like(tokens, value) for tokens, _ in used)], 1)
-
-
-def fold_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, channels: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with the bias of `code_rule` in extra channels, for kernels that take no mask; cut the output back to dim.
-
-    The kernel divides by the root of the new width D, so q is scaled by sqrt(D / dim); then q' k' / sqrt(D) is
-    q k / sqrt(dim) + bias. channels: how many are added (flash attention wants a multiple of 8 in all); v gets zeros.
-    """
-    dim = q.shape[-1]
-    width = dim + channels
-    ones = q.new_zeros(*q.shape[:-1], channels)
-    ones[..., 0] = 1
-    extra = k.new_zeros(*k.shape[:-1], channels)
-    extra[..., 0] = bias[..., 0, :].to(k) * width**0.5
-    return torch.cat([q * (width / dim) ** 0.5, ones], -1), torch.cat([k, extra], -1), torch.nn.functional.pad(v, (0, channels))
-
-
-def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's attention: [rows, heads, N, dim]."""
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+def paper_rule(q: Tensor, k: Tensor, v: Tensor, references: References) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of the paper rule: the references behind the own tokens, their keys scaled by weight and mask."""
+    keys, values = (x.to(k).expand(k.shape[0], -1, -1) for x in (references.k, references.v))
+    return q, torch.cat([k, keys * references.weights.to(k)[:, None]], 1), torch.cat([v, values], 1)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, references: Sequence[Reference], rule: str = CODE,
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] = scaled_dot_product,
+    q: Tensor, k: Tensor, v: Tensor, references: References, rule: str, heads: int, attention: Attend, watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Multi-reference self-attention of a picture's own q, k, v, each [rows, heads, N, dim]; references keep their plain self-attention.
+    """Multi-reference self-attention of a picture's own q, k, v [rows, N, heads * dim]; the references keep their plain self-attention.
 
-    attention: called with q, k, v and the bias (or None). References without effect leave exactly the plain call.
-    Raises ValueError, one sentence, for an unknown rule.
+    attention: called with q, k and v, any width of heads. watch: called with the q and k that it got. References without tokens leave
+    exactly the plain call.
     """
-    if rule == CODE:
-        return attention(q, *code_rule(k, v, references))
-    if rule == PAPER:
-        return attention(q, *paper_rule(k, v, references), None)
-    raise ValueError(f'There is no rule "{rule}" for reference weights: choose one of {", ".join(RULES)}.')
+    if not len(references.weights):
+        return attention(q, k, v)
+    inputs = (code_rule(q, k, v, references, heads) if rule == CODE else paper_rule(q, k, v, references))
+    out = attention(*inputs)
+    if watch is not None:
+        watch(*inputs[:2])
+    dim = q.shape[-1] // heads
+    return out.unflatten(-1, (heads, -1))[..., :dim].flatten(2)
+
+
+def shares(q: Tensor, k: Tensor, counts: Sequence[int], heads: int, attention: Attend) -> Tensor:
+    """Share of every query's attention that goes to each reference, averaged over heads: [rows, N, R] float32.
+
+    q, k: as `attend` gives them to its `watch`. counts: tokens of each reference; they lie at the end of k. Attention over values that are
+    1 in one channel per reference, so the map itself is never made.
+    """
+    count, dim = len(counts), k.shape[-1] // heads
+    start, found = k.shape[1] - sum(counts), []
+    for first in range(0, count, dim):
+        group = counts[first : first + dim]
+        marks = k.new_zeros(k.shape).unflatten(-1, (heads, dim))
+        for channel, tokens in enumerate(group):
+            marks[:, start : start + tokens, :, channel] = 1.0
+            start += tokens
+        found.append(attention(q, k, marks.flatten(2)).unflatten(-1, (heads, dim))[..., : len(group)].float().mean(2))
+    return torch.cat(found, -1)
 
 
 def blend_style(with_references: Callable[[], Tensor], plain: Callable[[], Tensor], fidelity: float) -> Tensor:

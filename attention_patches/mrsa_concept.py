@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..seecoder.encode import rgb
+from ..common.pictures import rgb
 from . import host
 from .mrsa_masks import AREA, CELL, CROP, Fit, Selection, attention_sizes, fit, layer_mask, match, prepare_mask, resize_picture, select
 from .source import check_conditioning
@@ -147,10 +147,11 @@ def latent_concept(latent: dict, mask: Tensor, conditioning: list, weight: float
     return Concept(samples, prepared, conditioning, weight, picture, policy, threshold)
 
 
-def describe(concept: Concept, number: int, chosen: Fit | None = None, picture: tuple[int, int] | None = None) -> str:
+def describe(concept: Concept, number: int, chosen: Fit | None = None, picture: tuple[int, int] | None = None, mask: tuple[int, int] | None = None) -> str:
     """The report's lines: size, what was cut, weight, how many tokens each level keeps; says (and logs) when there is no effect.
 
-    number: the concept's place in the chain, from 1. chosen, picture: how the picture of (height, width) pixels was fitted.
+    number: the concept's place in the chain, from 1. chosen, picture: how the picture of (height, width) pixels was fitted. mask: (height,
+    width) that the mask came with.
     """
     height, width = concept.picture.shape[:2]
     lines = [f"concept {number}: {width} x {height} px, weight {concept.weight:g}"]
@@ -158,6 +159,14 @@ def describe(concept: Concept, number: int, chosen: Fit | None = None, picture: 
         lines[0] += f", from {picture[1]} x {picture[0]} px"
         if (chosen.height, chosen.width) != tuple(picture):
             lines[0] += f" cut to {chosen.width} x {chosen.height} at {chosen.left}, {chosen.top}"
+    under = picture or (height, width)
+    # sizes that were scaled and rounded differ a little
+    if mask is not None and abs(mask[1] * under[0] / (mask[0] * under[1]) - 1) > 0.02:
+        lines.append(f"mask: {mask[1]} x {mask[0]} px, stretched to the picture's {under[1]} x {under[0]}")
+    entries = len(concept.conditioning)
+    if entries > 1:
+        usable = sum("area" not in extra and "mask" not in extra for _, extra in concept.conditioning)
+        lines.append(f"prompt: one entry at a time is run, the first of {usable} usable ones that is active at the step (of {entries} connected)")
     counts = [(h * w, int(concept.layer_mask((h, w)).sum()), f"{w} x {h}") for h, w in concept.sizes]
     lines.append("tokens kept: " + ", ".join(f"{kept} of {tokens} at {size}" for tokens, kept, size in counts))
     idle = None

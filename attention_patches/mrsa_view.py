@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.pictures import spotlight
 from ..inversion.filmstrip import strip
-from ..sam.preview import spotlight
 from .mrsa_concept import Concept
 
 

@@ -166,12 +166,16 @@ class RunState:
             # a generated source has to be taken along to where it is needed next
             if not run.stops and sigma >= self._last_needed[key] * (1 - host.SAME_SIGMA):
                 wanted.setdefault(key, frozenset())
+        present = frozenset(role for role, entries in zip(roles, conds) if entries is not None)
+        for key in wanted:
+            self.sources[key].roles = present
         features = {key: self.sources[key].features(executor, model, points, sigma, x, timestep, model_options) for key, points in wanted.items()}
         at: dict[Point, tuple] = {}
         for edit, points in active:
             found, branches = ({}, ()) if edit.source is None else (features[edit.source.key], edit.source.branches)
+            enough = all if edit.source is None or edit.source.together else any
             for point in points:
-                if all((name, point) in found for name, _ in branches):
+                if enough((name, point) in found for name, _ in branches):
                     at[point] = (*at.get(point, ()), (edit, found))
         return Plan(at, conds, roles, tuple(x.shape[-2:]), sigma) if at else None
 

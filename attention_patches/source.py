@@ -37,6 +37,7 @@ class Source:
     branches: tuple[tuple[str, list], ...]
     key: Hashable = field(init=False)
     starts: ClassVar[bool] = True  # a run may start from its noise
+    together: ClassVar[bool] = True  # an edit needs all branches; else it acts wherever one of them has features
 
     def __post_init__(self):
         object.__setattr__(self, "key", (id(self.trajectory), tuple((name, conditioning_key(conditioning)) for name, conditioning in self.branches)))

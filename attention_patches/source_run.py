@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ class StopForward(Exception):
     """Raised inside the UNet after the last feature is captured; what follows would be thrown away."""
 
 
+def first_usable(entries: list[dict], sigma: float) -> dict | None:
+    """The first processed entry that is active at a noise level and covers the whole picture."""
+    return next((entry for entry in entries if "area" not in entry and "mask" not in entry and host.is_active(entry, sigma)), None)
+
+
 class SourceRun:
     """Features of one source, computed once per noise level, by calls of their own ("separate" form).
 
@@ -30,6 +35,7 @@ class SourceRun:
 
     stops = True  # the source's own output is not wanted
     windowed = True  # context windows of the host cut the source as they cut the run
+    inactive = "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there"
 
     def __init__(self, source: Source, bank_device: str, counters, once: Callable[..., None]):
         self.source = source
@@ -38,6 +44,7 @@ class SourceRun:
         self.once = once
         self.store = FeatureStore()
         self.branches: dict[str, list[dict]] = {}
+        self.roles: frozenset[str | None] = frozenset()  # whose conditioning the user's current call holds
         self._wanted: tuple[Point, ...] = ()
         self._shape: tuple[int, ...] = ()
         self._entry = None
@@ -58,8 +65,8 @@ class SourceRun:
         The features of the first call at a noise level serve all later calls at it. A point is missing where the
         source's conditioning is switched off or another node cuts the picture in a way we cannot follow.
         """
-        window = model_options.get("transformer_options", {}).get("context_window")
-        cut = None if window is None else (getattr(window, "dim", 0), tuple(getattr(window, "index_list", ())))
+        window = model_options.get("transformer_options", {}).get("context_window") if self.windowed else None
+        cut = self.cut(sigma, window)
         stored = self.store.get(sigma, cut)
         if stored is None:
             self._wanted = tuple(sorted(points, key=lambda point: point.order))
@@ -68,6 +75,14 @@ class SourceRun:
             if stored and self.store.device is None:
                 self._choose_bank(feature_bytes(stored), x.device, len(points))
         return stored
+
+    def cut(self, sigma: float, window) -> Hashable:
+        """What beside the noise level tells passes apart: the context window."""
+        return None if window is None else (getattr(window, "dim", 0), tuple(getattr(window, "index_list", ())))
+
+    def due(self, sigma: float) -> list[tuple[str, list[dict]]]:
+        """The branches to run in a pass, with their processed conditioning."""
+        return list(self.branches.items())
 
     def visit(self, sigma: float, following: float) -> tuple[Tensor, Tensor]:
         """(x, denoised) [B, C, H, W] of the source at `sigma`, such that one Euler step to `following` stays on its path.
@@ -90,10 +105,9 @@ class SourceRun:
 
     def usable_entry(self, entries: list[dict], sigma: float) -> dict | None:
         """The entry of a branch that features are read from: the first that is active and covers the whole picture."""
-        usable = (entry for entry in entries if "area" not in entry and "mask" not in entry and host.is_active(entry, sigma))
-        entry = next(usable, None)
+        entry = first_usable(entries, sigma)
         if entry is None:
-            self.once("inactive", "the source's conditioning is switched off at some steps (start and end percent): nothing is injected there")
+            self.once("inactive", self.inactive)
         return entry
 
     def latents_of(self, branch: str, sigma: float) -> Tensor:
@@ -102,12 +116,12 @@ class SourceRun:
 
     def _run_pass(self, executor, model, sigma, x, timestep, model_options, window) -> dict[tuple[str, Point], Feature]:
         features: dict[tuple[str, Point], Feature] = {}
-        for name, entries in self.branches.items():
+        for name, entries in self.due(sigma):
             entry = self.usable_entry(entries, sigma)
             if entry is None:
                 continue
             latents = self.latents_of(name, sigma).to(x)
-            if window is not None and self.windowed:
+            if window is not None:
                 latents = window.get_tensor(latents)
 
             def run(options, entry=entry, latents=latents):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..common.pictures import rgb
 from ..inversion.display import show
 from ..sam import files, loader, predict, preview
 from ..sam.prompts import make_prompt
-from ..seecoder.encode import rgb
 
 CORNER = "{} edge of the box in pixels of the picture, from its {}. All four zero: no box."
 

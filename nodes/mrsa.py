@@ -92,6 +92,30 @@ class MRSAConceptComposer(io.ComfyNode):
                     optional=True,
                     tooltip="An empty prompt replaces the concepts' own ones (the published null reference prompts); usually weaker.",
                 ),
+                io.String.Input(
+                    "watch_layers",
+                    optional=True,
+                    default="",
+                    tooltip="With watch on: which of the layers above to note, in the same notation (u3, u6-8). Empty: all of them.",
+                ),
+                io.Float.Input(
+                    "watch_start",
+                    optional=True,
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="With watch on: share of the schedule, from the noisy end, from which shares are noted (0 to 1).",
+                ),
+                io.Float.Input(
+                    "watch_end",
+                    optional=True,
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="With watch on: share of the schedule up to which shares are noted (0 to 1). 0.8 to 1 shows the last steps.",
+                ),
             ],
             outputs=[
                 io.Model.Output("composing_model", display_name="model", tooltip="The model that sees the concepts, for any sampler."),
@@ -102,10 +126,13 @@ class MRSAConceptComposer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, concepts, layers, start, end, style_fidelity, rule, noise, reference_seed, watch, bank_device, empty_prompt=None, **kwargs) -> io.NodeOutput:
+    def execute(
+        cls, model, concepts, layers, start, end, style_fidelity, rule, noise, reference_seed, watch, bank_device, empty_prompt=None,
+        watch_layers="", watch_start=0.0, watch_end=1.0, **kwargs,
+    ) -> io.NodeOutput:
         composed, shares, report = compose(
             model, concepts, layers=layers, start=start, end=end, fidelity=style_fidelity, rule=rule, noise=noise, seed=None if reference_seed == OF_SAMPLER else reference_seed,
-            empty=empty_prompt, watch=watch, bank_device=bank_device,
+            empty=empty_prompt, watch=watch, bank_device=bank_device, watch_layers=watch_layers, watch_start=watch_start, watch_end=watch_end,
         )
         return io.NodeOutput(composed, shares, report, ui=show(cls, report))
 

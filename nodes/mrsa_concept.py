@@ -99,7 +99,7 @@ class MRSAConcept(io.ComfyNode):
         else:
             made, origin = latent_concept(latent, mask, picture_prompt, weight, vae=vae, **shared), ()
         concepts = (concept or Concepts()).joined(made)
-        report = describe(made, len(concepts), *origin)
+        report = describe(made, len(concepts), *origin, mask=tuple(mask.shape[-2:]))
         preview = sheet(made)
         return io.NodeOutput(concepts, preview, report, ui=show(cls, report, preview))
 

@@ -7,6 +7,7 @@ import os
 import torch
 from comfy_api.latest import io
 
+from ..common.pictures import rgb
 from ..inversion.display import show
 from ..seecoder import encode, files, loader, view
 from ..seecoder.sockets import SeeCoderType
@@ -189,7 +190,7 @@ class SeeCoderEncode(io.ComfyNode):
         # once with empty tokens: whatever does not fit together is found before the encoder has run for a minute
         assemble(torch.zeros(len(image), seecoder.sizes.queries, seecoder.width))
         positive, negatives = assemble(encode.encode_pictures(seecoder, image, mask, resize_longer_side))
-        height, width = encode.resized(encode.rgb(image[:1]), resize_longer_side).shape[1:3]
+        height, width = encode.resized(rgb(image[:1]), resize_longer_side).shape[1:3]
         report = (
             f"{seecoder.describe()}\n{len(image)} reference{'s' if len(image) > 1 else ''} of {width} x {height} px"
             f"{' through a mask' if mask is not None else ''}, strength {strength:g}\n"
@@ -235,8 +236,8 @@ class SeeCoderCompare(io.ComfyNode):
     def execute(cls, seecoder, image, resize_longer_side, mask=None, **kwargs) -> io.NodeOutput:
         readings: list = []
         encode.encode_pictures(seecoder, image, mask, resize_longer_side, readings)
-        encoded = encode.resized(encode.rgb(image[:1]), resize_longer_side).shape[1:3]
-        sheet = view.comparison(encode.rgb(image), readings, tuple(encoded))
+        encoded = encode.resized(rgb(image[:1]), resize_longer_side).shape[1:3]
+        sheet = view.comparison(rgb(image), readings, tuple(encoded))
         report = view.describe(readings)
         return io.NodeOutput(sheet, report, ui=show(cls, report, sheet))
 

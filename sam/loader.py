@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..seecoder.sizes import compare_shapes
+from ..common.shapes import compare_shapes
 from .kinds import WANTED, recognise
 from .prompts import Prompt
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..seecoder.encode import rgb
+from ..common.pictures import rgb
 from .loader import SamModel
 from .prompts import Prompt
 

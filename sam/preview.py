@@ -7,22 +7,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..common.pictures import spotlight
 from .prompts import Prompt
 
-DIMMED = 0.3  # brightness of what the mask leaves out
-EDGE = (1.0, 0.45, 0.1)
 BOX, WANTED, UNWANTED = (255, 220, 60), (60, 220, 90), (230, 60, 60)
-
-
-def spotlight(picture: Tensor, mask: Tensor) -> Tensor:
-    """The picture [H, W, 3] in 0..1, dark where the mask [H, W] in 0..1 is black, with a line along the mask's edge."""
-    mask = mask.to(picture)
-    lit = picture * (DIMMED + (1 - DIMMED) * mask)[..., None]
-    reach = 1 + max(picture.shape[:2]) // 400
-    # what the widened mask has besides the mask itself
-    inside = (mask > 0.5).to(picture)
-    line = torch.nn.functional.max_pool2d(inside[None, None], 2 * reach + 1, 1, reach)[0, 0] - inside
-    return torch.lerp(lit, torch.tensor(EDGE).to(picture).expand_as(lit), line[..., None])
 
 
 def draw_prompt(picture: Tensor, prompt: Prompt) -> Tensor:

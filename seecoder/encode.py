@@ -6,25 +6,11 @@ import torch
 from torch import Tensor
 
 from ..attention_patches.host import token_width
+from ..common.pictures import rgb
 from .loader import SeeCoderModel, read_file
 
 NEGATIVES = ("zeros", "text", "anime file", "same as positive")
 BATCHES = ("one each", "blend", "concatenate")
-
-
-def rgb(image: Tensor) -> Tensor:
-    """IMAGE [B, H, W, 1 | 3 | 4] -> RGB [B, H, W, 3]; grey is repeated, transparency laid on white.
-
-    Values stay as they are: SeeCoder wants 0..1 and no normalisation. Raises ValueError for other channel counts.
-    """
-    channels = image.shape[-1]
-    if channels == 3:
-        return image
-    if channels == 1:
-        return image.expand(*image.shape[:-1], 3)
-    if channels == 4:
-        return image[..., :3] * image[..., 3:] + (1 - image[..., 3:])
-    raise ValueError(f"A reference picture has 1, 3 or 4 channels, but this one has {channels}: connect a plain IMAGE.")
 
 
 def resized(image: Tensor, longer_side: int) -> Tensor:

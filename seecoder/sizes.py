@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..common.shapes import compare_shapes
+
 PREFIX = "ctx.image."  # official files carry it, copies from other tools may not
 LEVELS = ("res3", "res4", "res5")
 STRIDES = (8, 16, 32)  # pixels per cell of each level
@@ -170,13 +172,3 @@ def check_tensors(state: dict[str, Tensor], sizes: Sizes) -> None:
     """Raises ValueError, one sentence, when a state dict without prefix lacks a tensor, has one too many, or one of another shape."""
     stored = {key: tuple(tensor.shape) for key, tensor in state.items() if not key.endswith("relative_position_index")}
     compare_shapes(stored, expected_shapes(sizes), "SeeCoder file")
-
-
-def compare_shapes(stored: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], what: str) -> None:
-    """Raises ValueError, one sentence, when the shapes that a file (`what`: which) holds by name are not the expected ones."""
-    missing, unexpected = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
-    wrong = [key for key in sorted(expected.keys() & stored.keys()) if expected[key] != stored[key]]
-    for fault, keys in (("lacks", missing), ("has besides what belongs to it", unexpected), ("has in another shape than the rest of it asks for", wrong)):
-        if keys:
-            count = f"{len(keys)} tensor{'s' if len(keys) > 1 else ''}"
-            raise ValueError(f"The {what} {fault} {count}, {keys[0]} first: it is damaged or was converted wrongly, so download it again.")

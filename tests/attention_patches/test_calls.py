@@ -9,7 +9,7 @@ from palimpsest.attention_patches import host
 from palimpsest.attention_patches.pnp import apply_pnp
 from palimpsest.inversion.trajectory import start_latent
 from palimpsest.tests.helpers.models import tiny_cond, tiny_trajectory
-from palimpsest.tests.helpers.sampling import Watch, ksampler, schedule
+from palimpsest.tests.helpers.sampling import OneByOne, Watch, ksampler, schedule
 
 
 def relative(a, b):
@@ -54,24 +54,6 @@ def test_roles_fall_back_to_the_tag_and_then_to_the_place():
     assert host.role_of([{}], 1, [[{}], [{}]], guider) == "negative"
     assert host.role_of([{}], 0, [[{}], [{}], [{}]], guider) is None
     assert host.role_of(None, 1, [positive, None], guider) is None
-
-
-class OneByOne:
-    """A context handler that shows the model one latent of the batch at a time, as the host's windows do."""
-
-    def should_use_context(self, *args):
-        return True
-
-    def execute(self, calc, model, conds, x, timestep, model_options):
-        from comfy.context_windows import IndexListContextWindow
-
-        out = [torch.zeros_like(x) for _ in conds]
-        for row in range(x.shape[0]):
-            window = IndexListContextWindow([row], dim=0)
-            model_options["transformer_options"]["context_window"] = window
-            for whole, part in zip(out, calc(model, [entries and list(entries) for entries in conds], x[row : row + 1], timestep[row : row + 1], model_options)):
-                whole[row] = part[0]
-        return out
 
 
 def test_context_windows_get_the_features_of_their_latents(model, positive, negative):

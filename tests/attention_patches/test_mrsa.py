@@ -9,70 +9,28 @@ from palimpsest.attention_patches.mrsa_attention import CODE, PAPER
 from palimpsest.attention_patches.mrsa_concept import Concept, Concepts
 from palimpsest.attention_patches.reference_pass import edits_of
 from palimpsest.tests.helpers.concepts import concept, concepts
+from palimpsest.tests.helpers.explicit_mrsa import Steps, explicit_step
 from palimpsest.tests.helpers.models import tiny_cond
 from palimpsest.tests.helpers.sampling import Watch, custom_advanced, ksampler, latent_noise, no_free_memory, schedule
 
 ZERO = torch.zeros(1, 4, 16, 16)
-PLACES = [("output", number, 0) for number in range(6, 12)]
 
 
 def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def explicit(model, x, sigma, conds, items, seed, rule, fidelity):
-    """(negative, positive) predictions of one step as the published code makes them: all rows in one call, masked logits, softmax.
-
-    Rows: negative picture, negative references, positive picture, positive references.
-    """
-    positive, negative = conds
-    process = model.get_model_object("latent_format").process_in
-    noised = [process(item.latent) + sigma * noise_like(item.latent, seed, place, sigma) for place, item in enumerate(items)]
-    count = 1 + len(items)
-    rows = torch.cat([x, *noised, x, *noised])
-    texts = torch.cat([negative[0][0]] * count + [positive[0][0], *(item.conditioning[0][0] for item in items)])
-
-    def attention(q, k, v, options):
-        heads = options["n_heads"]
-        height, width = options["activations_shape"][-2:]
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2).double() for t in (q, k, v))
-        scale = q.shape[-1] ** -0.5
-        out = torch.softmax(q @ k.mT * scale, -1) @ v
-        for half, share in ((0, 1.0 - fidelity), (1, 1.0)):
-            first = half * count
-            logits, values = [q[first] @ k[first].mT * scale], [v[first]]
-            for place, item in enumerate(items):
-                kept = item.layer_mask((height, width)).flatten().double() * item.weight
-                raw = q[first] @ k[first + 1 + place].mT * scale
-                logits.append(torch.where(kept != 0, raw + kept, torch.full_like(raw, float("-inf"))) if rule == CODE else raw * kept)
-                values.append(v[first + 1 + place])
-            mixed = torch.softmax(torch.cat(logits, -1), -1) @ torch.cat(values, -2)
-            out[first] = share * mixed + (1 - share) * out[first]
-        return out.transpose(1, 2).flatten(2).float()
-
-    options = {"patches_replace": {"attn1": {place: attention for place in PLACES}}, "sigmas": torch.tensor([sigma])}
-    with torch.inference_mode():
-        denoised = model.model.apply_model(rows, torch.full((len(rows),), sigma), c_crossattn=texts, transformer_options=options)
-    return denoised[:1], denoised[count : count + 1]
-
-
 @pytest.mark.parametrize("rule", [CODE, PAPER])
 @pytest.mark.parametrize("fidelity", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("weights", [(3.0,), (2.0, -1.0)])
-def test_every_step_equals_an_explicit_implementation_with_references_as_rows(model, positive, negative, rule, fidelity, weights):
+def test_every_step_equals_an_explicit_implementation(model, positive, negative, rule, fidelity, weights):
     items = [concept(number, weight=weight) for number, weight in enumerate(weights)]
     composed, _, _ = compose(model, concepts(*items), rule=rule, fidelity=fidelity, seed=5)
-    seen = []
-
-    def note(args):
-        seen.append((args["input"], float(args["sigma"][0]), args["uncond_denoised"], args["cond_denoised"]))
-        return args["denoised"]
-
-    composed.set_model_sampler_post_cfg_function(note)
-    ksampler(composed, ZERO, positive, negative, steps=3)
-    assert len(seen) == 3
-    for x, sigma, uncond, cond in seen:
-        expected = explicit(model, x, sigma, (positive, negative), items, 5, rule, fidelity)
+    steps = Steps()
+    ksampler(steps.on(composed), ZERO, positive, negative, steps=3)
+    assert len(steps.seen) == 3
+    for x, sigma, uncond, cond in steps.seen:
+        expected = explicit_step(model, x, sigma, (positive, negative), list(enumerate(items)), 5, rule, fidelity)
         assert relative(uncond, expected[0]) < 1e-5 and relative(cond, expected[1]) < 1e-5, f"sigma {sigma:.3f}"
 
 
@@ -125,10 +83,15 @@ def test_batches_and_split_calls_agree(model, positive, negative, cfg, batch, mo
     assert relative(custom_advanced(composed, ZERO, positive, negative, levels, cfg=cfg, noise=start), one) < 1e-4
 
 
-def test_references_of_another_size_and_of_a_longer_prompt(model, positive, negative):
-    composed, _, _ = compose(model, concepts(concept(0, size=(24, 8)), concept(1, size=(9, 13), cond=tiny_cond(154, seed=3))))
-    out = ksampler(composed, ZERO, positive, negative)
-    assert torch.isfinite(out).all() and relative(out, ksampler(model, ZERO, positive, negative)) > 1e-4
+@pytest.mark.parametrize("rule", [CODE, PAPER])
+def test_a_wide_picture_and_references_of_other_sizes(model, positive, negative, rule):
+    """Also a prompt of another length."""
+    items = [concept(0, size=(24, 8)), concept(1, size=(9, 13), cond=tiny_cond(154, seed=3))]
+    steps = Steps()
+    ksampler(steps.on(compose(model, concepts(*items), rule=rule, fidelity=0.5, seed=5)[0]), torch.zeros(1, 4, 10, 20), positive, negative, steps=2)
+    for x, sigma, uncond, cond in steps.seen:
+        expected = explicit_step(model, x, sigma, (positive, negative), list(enumerate(items)), 5, rule, 0.5)
+        assert relative(uncond, expected[0]) < 1e-5 and relative(cond, expected[1]) < 1e-5, f"sigma {sigma:.3f}"
 
 
 def test_noise_is_private_fresh_or_fixed_and_follows_the_seed(model, positive, negative):
@@ -161,20 +124,25 @@ def test_shares_of_attention_are_noted_on_request(model, positive, negative):
         assert float(maps[..., 0].mean()) > float(maps[..., 1].mean())
 
 
-def test_cancel_and_queue_again(model, positive, negative):
+@pytest.mark.parametrize("call", [2, 3, 5])
+def test_cancel_and_queue_again(model, positive, negative, call):
+    """In the second reference's pass, in the picture's own call, in the second reference's pass of the next step."""
     import comfy.model_management as mm
 
-    composed, _, _ = compose(model, concepts(concept(0)), fidelity=0.5)
-    before = ksampler(composed, ZERO, positive, negative)
-    watch = Watch()
+    composed, _, _ = compose(model, concepts(concept(0), concept(1)))
+    before, watch, calls = ksampler(composed, ZERO, positive, negative), Watch(), []
     watched = watch.on(composed)
 
-    def stop(args):
-        raise mm.InterruptProcessingException()
+    def stop(apply_model, args):
+        calls.append(args["input"].shape[0])
+        if len(calls) == call:
+            raise mm.InterruptProcessingException()
+        return apply_model(args["input"], args["timestep"], **args["c"])
 
-    watched.set_model_sampler_post_cfg_function(stop)
+    watched.set_model_unet_function_wrapper(stop)
     with pytest.raises(mm.InterruptProcessingException):
         ksampler(watched, ZERO, positive, negative)
+    assert calls == [1, 1, 2, 1, 1][:call]
     assert all(len(run.store) == 0 and not run.branches for state in watch.states for run in state.sources.values())
     assert torch.equal(ksampler(composed, ZERO, positive, negative), before)
 
@@ -189,5 +157,12 @@ def test_bad_input(model, positive, negative):
     with pytest.raises(ValueError, match="chain all concepts into one composer"):
         compose(compose(model, concepts(concept(0)))[0], concepts(concept(1)))
     sixteen = Concept(torch.randn(1, 16, 16, 16), torch.ones(128, 128), tiny_cond(), 2.0, torch.rand(128, 128, 3))
-    with pytest.raises(ValueError, match="channels"):
-        ksampler(compose(model, concepts(sixteen))[0], ZERO, positive, negative)
+    with pytest.raises(ValueError, match="The latent of concept 2 has 16 channels, but the connected model works on 4"):
+        compose(model, concepts(concept(0), sixteen))
+    with pytest.raises(ValueError, match="The empty_prompt conditioning has 64 values per token"):
+        compose(model, concepts(concept(0)), empty=tiny_cond(dim=64))
+    with pytest.raises(ValueError, match="The watch window goes from 0.5 to 0.5"):
+        compose(model, concepts(concept(0)), watch=True, watch_start=0.5, watch_end=0.5)
+    with pytest.raises(ValueError, match="None of the watch layers sees the concepts"):
+        compose(model, concepts(concept(0)), watch=True, watch_layers="d0")
+    compose(model, concepts(concept(0)), watch_layers="nonsense", watch_start=1.0)  # not looked at without watch

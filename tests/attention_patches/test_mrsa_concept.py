@@ -153,6 +153,16 @@ def test_the_report_says_what_was_cut_and_kept():
     assert describe(whole, 1, chosen, (96, 96)).splitlines()[0] == "concept 1: 128 x 128 px, weight 3, from 96 x 96 px"
 
 
+def test_the_report_says_what_is_stretched_and_which_prompt_runs():
+    concept, chosen = encode()
+    assert "mask: 64 x 64 px, stretched to the picture's 160 x 96" in describe(concept, 1, chosen, (96, 160), mask=(64, 64)).splitlines()
+    assert all("stretched" not in describe(concept, 1, chosen, (96, 160), mask=size) for size in ((96, 160), (48, 80), (47, 79)))
+    latent = latent_concept({"samples": torch.zeros(1, 4, 10, 14)}, mask(), COND, 2.0)
+    assert "mask: 160 x 96 px, stretched to the picture's 112 x 80" in describe(latent, 1, mask=(96, 160))
+    several = encode(conditioning=[*COND, [COND[0][0], {"area": (4, 4, 0, 0)}], *COND])[0]
+    assert "prompt: one entry at a time is run, the first of 2 usable ones that is active at the step (of 3 connected)" in describe(several, 1)
+
+
 def test_a_concept_without_effect_says_so(caplog):
     with caplog.at_level("WARNING", logger="palimpsest"):
         assert describe(encode(of=mask() * 0)[0], 1).splitlines()[-1].startswith("no effect: its mask keeps no token at any resolution")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from palimpsest.attention_patches.mrsa_attention import Reference, attend, blend_style, paper_rule, scaled_dot_product
+from palimpsest.attention_patches.mrsa_attention import CODE, References, attend, blend_style, paper_rule, pick
 from palimpsest.attention_patches.mrsa_masks import PUBLISHED, SQUASH, fit, layer_mask, prepare_mask, select
 
 LIMIT = 1e-5
@@ -42,6 +42,28 @@ def selections(stored, weights, side):
     return masks, [select(mask, weight) for mask, weight in zip(masks, weights)]
 
 
+def attention_of(heads):
+    """A kernel without mask, on [rows, tokens, heads * dim]."""
+
+    def attention(*given):
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in given)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    return attention
+
+
+def flat(tensor):
+    """[rows, heads, tokens, dim] of the stored tensors -> [rows, tokens, heads * dim]."""
+    return tensor.transpose(1, 2).flatten(2)
+
+
+def composed(q, k, v, others, chosen, heads):
+    """The shipped rule: others are keys and values of whole references."""
+    picked = pick(chosen, CODE)
+    references = References(picked.of([key for key, _ in others]), picked.of([value for _, value in others]), picked.weights)
+    return attend(q, k, v, references, CODE, heads, attention_of(heads))
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_of_both_rules(folder, about, name):
     stored, facts = load_file(folder / "attn" / f"{name}.safetensors"), about["attn"][name]
@@ -50,17 +72,14 @@ def test_attention_of_both_rules(folder, about, name):
         # weighted or not, what is kept is the same
         assert torch.equal(mask.flatten() != 0, stored[f"keymask_{i}"] != 0)
     q, keys, values = (stored[key][None] for key in "qkv")
-    n = q.shape[2]
-    k, v = keys[:, :, :n], values[:, :, :n]
-    refs = [Reference(*(side[:, :, n * (i + 1) : n * (i + 2)] for side in (keys, values)), selection) for i, selection in enumerate(chosen)]
-
-    def flat(out):
-        return out.transpose(1, 2).flatten(2)
-
-    assert float((flat(attend(q, k, v, refs)) - stored["out_reference_code"]).abs().max()) < LIMIT
+    n, heads = q.shape[2], q.shape[1]
+    k, v = flat(keys[:, :, :n]), flat(values[:, :, :n])
+    others = [tuple(flat(side[:, :, n * (i + 1) : n * (i + 2)]) for side in (keys, values)) for i in range(len(chosen))]
+    assert float((composed(flat(q), k, v, others, chosen, heads) - stored["out_reference_code"]).abs().max()) < LIMIT
     # the formula itself, with what is switched off leaking in
-    literal = scaled_dot_product(q, *paper_rule(k, v, refs, literal=True), None)
-    assert float((flat(literal) - stored["out_paper_rule_own"]).abs().max()) < LIMIT
+    whole = References(torch.cat([key for key, _ in others], 1), torch.cat([value for _, value in others], 1), torch.cat([selection.weighted for selection in chosen]))
+    literal = attention_of(heads)(*paper_rule(flat(q), k, v, whole))
+    assert float((literal - stored["out_paper_rule_own"]).abs().max()) < LIMIT
     assert float((stored["out_paper_rule_own"] - stored["out_reference_code"]).abs().max()) > 0.1
 
 
@@ -69,19 +88,19 @@ def test_whole_guided_batches(folder, about, name):
     """Rows: unconditional picture and references, then conditional ones; each half sees its own references."""
     stored, facts = load_file(folder / "cfg" / f"{name}.safetensors"), about["cfg"][name]
     heads, side, count = facts["heads"], facts["side"], facts["refs"]
-    q, k, v = (stored[key].unflatten(0, (-1, heads)) for key in "qkv")
+    q, k, v = (flat(stored[key].unflatten(0, (-1, heads))) for key in "qkv")
     _, chosen = selections(stored, facts["weights"], side)
     active = facts["step_window"][0] <= facts["step"] < facts["step_window"][1] and facts["layer"] in facts["layers"]
-    plain = scaled_dot_product(q, k, v, None)
+    plain = attention_of(heads)(q, k, v)
     out = plain.clone()
     for first, conditional in ((0, False), (1 + count, True)):
         row = slice(first, first + 1)
-        refs = [Reference(k[first + 1 + i : first + 2 + i], v[first + 1 + i : first + 2 + i], chosen[i]) for i in range(count)]
+        others = [(k[first + 1 + i : first + 2 + i], v[first + 1 + i : first + 2 + i]) for i in range(count)]
 
-        def mrsa(row=row, refs=refs):
-            return attend(q[row], k[row], v[row], refs)
+        def mrsa(row=row, others=others):
+            return composed(q[row], k[row], v[row], others, chosen, heads)
 
         if active:
             out[row] = mrsa() if conditional else blend_style(mrsa, lambda row=row: plain[row], float(facts["style_fidelity"]))
-    assert float((out.transpose(1, 2).flatten(2) - stored["out"]).abs().max()) < LIMIT
+    assert float((out - stored["out"]).abs().max()) < LIMIT
     assert torch.equal(out, plain) is not active

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from palimpsest.attention_patches.concept_run import NEGATIVE
 from palimpsest.attention_patches.mrsa import compose
 from palimpsest.attention_patches.pnp import apply_pnp
 from palimpsest.p2p.apply import Settings, apply_p2p
 from palimpsest.tests.helpers import host_nodes
 from palimpsest.tests.helpers.concepts import concept, concepts
+from palimpsest.tests.helpers.explicit_mrsa import XL_PLACES, Steps, explicit_step
 from palimpsest.tests.helpers.models import controlled, tiny_cond, tiny_controlnet, tiny_sd2, tiny_sd15, tiny_sdxl
 from palimpsest.tests.helpers.prompts import WordClip
 from palimpsest.tests.helpers.sampling import Watch, ksampler, latent_noise
@@ -88,7 +90,7 @@ def test_a_controlnet_shapes_the_picture_and_not_the_references(model, positive,
 
         def note(args):
             (source,) = watch.states[-1].sources.values()
-            features.update({(float(args["sigma"][0]), key): feature.tensor.clone() for key, feature in source.store.get(float(args["sigma"][0])).items()})
+            features.update({(float(args["sigma"][0]), key): feature.tensor.clone() for key, feature in source.store.get(float(args["sigma"][0]), NEGATIVE).items()})
             return args["denoised"]
 
         watched.set_model_sampler_post_cfg_function(note)
@@ -112,6 +114,19 @@ def test_other_nodes_work_in_either_order(model, positive, negative, name):
     assert torch.isfinite(last).all() and torch.equal(last, first), "the order of nodes on the canvas does not matter"
     assert relative(last, seeded(patch(model), ZERO, positive, negative)) > 1e-3, "the concepts are seen"
     assert relative(last, ksampler(composing(model), ZERO, positive, negative)) > 1e-4, "the other node takes part"
+
+
+def test_another_replacement_of_the_same_layer_is_named(model, positive, negative, caplog):
+    """One slot holds one replacement: where another node's sits in a composed layer, people hear which rows are lost to it."""
+    other = model.clone()
+    other.set_model_attn1_replace(lambda q, k, v, options: torch.zeros_like(q), "output", 7)
+    out = ksampler(composing(other), ZERO, positive, negative)
+    (line,) = [message for message in caplog.messages if "another node replaces" in message]
+    assert "block output 7" in line
+    assert relative(out, ksampler(composing(model), ZERO, positive, negative)) > 1e-4, "the negative rows stay the other node's"
+    caplog.clear()
+    ksampler(composing(model), ZERO, positive, negative)
+    assert not [message for message in caplog.messages if "another node replaces" in message]
 
 
 def test_an_area_prompt_sees_the_concepts_too(model, positive, negative):
@@ -163,10 +178,12 @@ def test_v_prediction_models(build, width):
 @pytest.mark.parametrize("rule", ["code", "paper"])
 def test_reduced_precision(positive, negative, rule):
     def run(dtype):
-        return ksampler(composing(tiny_sd15(dtype=dtype, channel_mult=(1, 1, 1, 1)), rule=rule), ZERO, positive, negative, steps=2)
+        model = tiny_sd15(dtype=dtype, channel_mult=(1, 1, 1, 1))
+        return [ksampler(chosen, ZERO, positive, negative, steps=2) for chosen in (composing(model, rule=rule), model)]
 
-    out = run(torch.bfloat16)
-    assert out.dtype == torch.float32 and torch.isfinite(out).all() and relative(out, run(torch.float32)) < 0.1
+    (out, plain), (exact, plain_exact) = run(torch.bfloat16), run(torch.float32)
+    assert out.dtype == torch.float32 and relative(out, exact) < 0.05
+    assert relative(out, exact) < 2 * relative(plain, plain_exact), "rounding of the model itself, and not much more"
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +200,15 @@ def test_sdxl(xl, layers):
     composed, _, report = compose(xl, concepts(concept(0, cond=prompt(3)), concept(1, cond=prompt(4), size=(12, 20))), layers=layers, fidelity=0.5)
     out = ksampler(composed, ZERO, prompt(1), prompt(2), steps=2)
     assert "SDXL" in report and torch.isfinite(out).all() and relative(out, ksampler(xl, ZERO, prompt(1), prompt(2), steps=2)) > 1e-4
+
+
+def test_every_step_of_sdxl_equals_an_explicit_implementation(xl):
+    items, steps = [concept(0, cond=prompt(3)), concept(1, cond=prompt(4), size=(12, 20), weight=-1.0)], Steps()
+    ksampler(steps.on(compose(xl, concepts(*items), seed=5)[0]), ZERO, prompt(1), prompt(2), steps=2)
+    assert len(steps.seen) == 2
+    for x, sigma, uncond, cond in steps.seen:
+        expected = explicit_step(xl, x, sigma, (prompt(1), prompt(2)), list(enumerate(items)), 5, places=XL_PLACES)
+        assert relative(uncond, expected[0]) < 1e-5 and relative(cond, expected[1]) < 1e-5, f"sigma {sigma:.3f}"
 
 
 def test_every_reference_of_sdxl_has_its_own_pooled_text_and_size(xl):

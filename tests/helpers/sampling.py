@@ -85,3 +85,21 @@ class Watch:
     def counters(self):
         """Counters of the last run."""
         return self.states[-1].counters
+
+
+class OneByOne:
+    """A context handler that shows the model one latent of the batch at a time, as the host's windows do."""
+
+    def should_use_context(self, *args):
+        return True
+
+    def execute(self, calc, model, conds, x, timestep, model_options):
+        from comfy.context_windows import IndexListContextWindow
+
+        out = [torch.zeros_like(x) for _ in conds]
+        for row in range(x.shape[0]):
+            window = IndexListContextWindow([row], dim=0)
+            model_options["transformer_options"]["context_window"] = window
+            for whole, part in zip(out, calc(model, [entries and list(entries) for entries in conds], x[row : row + 1], timestep[row : row + 1], model_options)):
+                whole[row] = part[0]
+        return out

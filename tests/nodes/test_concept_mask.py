@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
+from palimpsest.common.pictures import DIMMED
 from palimpsest.nodes.concept_mask import ConceptMaskSAM
-from palimpsest.sam import files, loader, preview
+from palimpsest.sam import files, loader
 from palimpsest.tests.helpers.sam import empty_folder, random_state, stand_in
 
 
@@ -60,7 +61,7 @@ def test_box_to_mask_preview_and_report(file):
     image = pictures()
     mask, shown, report = run(image, x1=4, y1=8, x2=20, y2=24)
     assert mask.shape == (1, 40, 56) and mask[0, 8:24, 4:20].all() and mask.sum() == 256
-    assert shown.shape == (1, 40, 56, 3) and torch.allclose(shown[0, 35, 50], image[0, 35, 50] * preview.DIMMED, atol=0.01)
+    assert shown.shape == (1, 40, 56, 3) and torch.allclose(shown[0, 35, 50], image[0, 35, 50] * DIMMED, atol=0.01)
     assert report.splitlines()[0] == "SAM vit_small from mine.pth: box 4, 8, 20, 24"
     assert report.splitlines()[1].startswith("mask 1 taken of 0: 2.9 % of the picture, score 0.50, 1: 11.4 %")
 

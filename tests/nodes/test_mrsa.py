@@ -31,7 +31,8 @@ def test_ids_and_order_of_inputs_are_for_ever():
     composer, preview = MRSAConceptComposer.define_schema(), ConceptAttentionPreview.define_schema()
     assert (composer.node_id, preview.node_id) == ("PalimpsestMRSAConceptComposer", "PalimpsestConceptAttentionPreview")
     assert [item.id for item in composer.inputs] == [
-        "model", "concepts", "layers", "start", "end", "style_fidelity", "rule", "noise", "reference_seed", "watch", "bank_device", "empty_prompt"]
+        "model", "concepts", "layers", "start", "end", "style_fidelity", "rule", "noise", "reference_seed", "watch", "bank_device", "empty_prompt",
+        "watch_layers", "watch_start", "watch_end"]
     assert [item.id for item in composer.outputs] == ["composing_model", "shares", "report"]
     assert [item.id for item in preview.inputs] == ["shares", "latent", "image"] and [item.id for item in preview.outputs] == ["sheet", "maps"]
 
@@ -71,6 +72,23 @@ def test_shares_are_shown_per_picture_and_concept(model):
     assert maps.shape == (4, 16, 16) and sheet.shape[0] == 1 and sheet.shape[-1] == 3
     # pictures first, concepts within; one with more weight is looked at more
     assert bool((maps > 0).all()) and bool((maps < 1).all()) and float(maps[0].mean()) > float(maps[1].mean()) and float(maps[2].mean()) > float(maps[3].mean())
+
+
+def test_shares_of_a_wide_picture_lie_the_right_way(model):
+    composed, shares, report = run(model, concept(0), concept(1, size=(24, 8)), watch=True, watch_layers="u6-8", watch_start=0.5)
+    assert "watched: 3 of these layers, 0.5 to 1 of the schedule" in report
+    out = ksampler(composed, torch.zeros(1, 4, 10, 22), *PROMPTS)
+    sheet, maps = ConceptAttentionPreview.execute(shares=shares, latent={"samples": out}, image=torch.rand(1, 80, 176, 3)).args
+    assert maps.shape == (2, 10, 22) and bool((maps > 0).all()) and sheet.shape[2] > sheet.shape[1]
+
+
+def test_shares_of_concepts_without_effect_are_explained(model):
+    """Regression: the message asked for a sampler although one had run."""
+    composed, shares, _ = run(model, concept(0, empty=True), watch=True)
+    ksampler(composed, ZERO, *PROMPTS, steps=1)
+    with pytest.raises(ValueError, match="There are no attention shares to show because no concept has an effect") as error:
+        ConceptAttentionPreview.execute(shares=shares, latent=None, image=torch.rand(2, 128, 128, 3))
+    assert "has not been sampled" not in str(error.value) and str(error.value).endswith(".")
 
 
 def test_shares_without_watch_are_explained(model):

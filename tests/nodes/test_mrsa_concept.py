@@ -59,6 +59,11 @@ def test_a_picture_becomes_a_concept_with_preview_and_report(scene, vae):
     assert report.splitlines()[0] == "concept 1: 128 x 128 px, weight 3, from 128 x 128 px" and f"{int(covered.sum())} of 256 at 16 x 16" in report
 
 
+def test_a_mask_of_another_aspect_is_reported(scene, vae):
+    assert "mask: 64 x 32 px, stretched to the picture's 128 x 128" in run(scene, vae, mask=torch.ones(1, 32, 64))[2]
+    assert "stretched" not in run(scene, vae)[2] and "stretched" not in run(scene, vae, mask=torch.ones(1, 64, 64))[2]
+
+
 def test_concepts_chain_to_any_number(scene, vae):
     chain = None
     for weight in (3.0, 2.0, -1.0):

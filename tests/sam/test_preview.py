@@ -14,18 +14,6 @@ def left_half():
     return mask
 
 
-def test_outside_is_dark_inside_is_as_it_was_and_the_edge_is_drawn():
-    lit = preview.spotlight(GREY, left_half())
-    assert torch.allclose(lit[:, :48], GREY[:, :48])
-    assert torch.allclose(lit[:, 52:], GREY[:, 52:] * preview.DIMMED)
-    assert torch.allclose(lit[:, 48], torch.tensor(preview.EDGE).expand(64, 3)), "just outside the mask, which stays visible"
-
-
-def test_empty_and_full_masks_have_no_edge():
-    assert torch.allclose(preview.spotlight(GREY, torch.zeros(64, 96)), GREY * preview.DIMMED)
-    assert torch.allclose(preview.spotlight(GREY, torch.ones(64, 96)), GREY)
-
-
 def test_box_and_points_are_drawn_in_their_colors():
     prompt = Prompt((10.0, 12.0, 60.0, 40.0), ((30.0, 20.0), (80.0, 50.0)), (True, False))
     drawn = (preview.draw_prompt(GREY, prompt) * 255).round().int()

@@ -20,17 +20,6 @@ def refused(message, function, *args):
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
-def test_grey_is_repeated_and_transparency_is_white():
-    grey = random_picture(4, 5, channels=1)
-    assert torch.equal(encode.rgb(grey), grey.repeat(1, 1, 1, 3))
-    color = random_picture(4, 5, channels=4)
-    color[..., 3] = 0
-    assert torch.equal(encode.rgb(color), torch.ones(1, 4, 5, 3))
-    color[..., 3] = 1
-    assert torch.equal(encode.rgb(color), color[..., :3])
-    refused("1, 3 or 4 channels, but this one has 2", encode.rgb, torch.zeros(1, 4, 4, 2))
-
-
 def test_resizing_keeps_the_aspect_and_zero_keeps_the_picture():
     picture = random_picture(60, 90)
     assert encode.resized(picture, 0) is picture and encode.resized(picture, 90) is picture

@@ -71,6 +71,49 @@ def scene(**changes) -> dict:
     return {"1": {"class_type": "PalimpsestMiniScene", "inputs": inputs}, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 2]}}}
 
 
+def concept(extra=None, **changes) -> dict:
+    """One MRSA Concept of a scene; `changes` go to its inputs, `extra` nodes beside it."""
+    return {
+        "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "text_to_image"}},
+        "2": scene()["1"],
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": ["2", 2]}},
+        "4": {"class_type": "PalimpsestMRSAConcept", "inputs": {
+            "mask": ["2", 1], "picture_prompt": ["3", 0], "weight": 3.0, "resize": "crop", "width": 128, "height": 128, "mask_policy": "area", "mask_threshold": 0.5,
+            "image": ["2", 0], "vae": ["1", 2], **changes}},
+        "5": {"class_type": "PreviewAny", "inputs": {"source": ["4", 2]}},
+    } | (extra or {})
+
+
+def without(graph: dict, node: str, name: str) -> dict:
+    del graph[node]["inputs"][name]
+    return graph
+
+
+def composed(graph=None, **changes) -> dict:
+    return (graph or concept()) | {
+        "6": {"class_type": "PalimpsestMRSAConceptComposer", "inputs": {
+            "model": ["1", 0], "concepts": ["4", 0], "layers": "preset default", "start": 0.0, "end": 1.0, "style_fidelity": 1.0, "rule": "code",
+            "noise": "fresh every step (published)", "reference_seed": -1, "watch": False, "bank_device": "auto", **changes}},
+        "7": {"class_type": "PreviewAny", "inputs": {"source": ["6", 2]}},
+    }
+
+
+def concept_of_another_family() -> dict:
+    latent = {"8": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}}
+    return composed(without(without(concept(latent, latent=["8", 0]), "4", "image"), "4", "vae"))
+
+
+def composed_twice() -> dict:
+    graph = composed()
+    return graph | {"7": {"class_type": "PalimpsestMRSAConceptComposer", "inputs": {**graph["6"]["inputs"], "model": ["6", 0]}},
+                    "8": {"class_type": "PreviewAny", "inputs": {"source": ["7", 2]}}}
+
+
+def unwatched() -> dict:
+    return composed() | {"7": {"class_type": "PalimpsestConceptAttentionPreview", "inputs": {"shares": ["6", 1], "latent": ["8", 0], "image": ["2", 0]}},
+                         "8": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}}
+
+
 @pytest.fixture(scope="module")
 def bad_files(server):
     """Files in the server's input folder that are not what their names say."""
@@ -96,6 +139,14 @@ BAD = {
     "layers in no notation": (lambda: injected(attention_layers="the middle"), "6", 'Cannot read "the" in the attention layers'),
     "guidance without a negative": (lambda: inversion(guidance=7.5), "4", "needs a negative"),
     "denoise below 1": (half_denoised, "7", "set denoise to 1"),
+    "concept without a source": (lambda: without(concept(), "4", "image"), "4", "neither is connected"),
+    "concept without a VAE": (lambda: without(concept(), "4", "vae"), "4", "no VAE is connected"),
+    "concept of another family": (concept_of_another_family, "6", "has 16 channels, but the connected model works on 4"),
+    "composer behind a composer": (composed_twice, "7", "chain all concepts into one composer"),
+    "composed layer that is not there": (lambda: composed(layers="u99"), "6", "u99"),
+    "composer's window the wrong way": (lambda: composed(start=0.8, end=0.2), "6", "the start before the end"),
+    "watched layer that is not composed": (lambda: composed(watch=True, watch_layers="d0"), "6", "None of the watch layers sees the concepts"),
+    "shares without watch": (unwatched, "7", "switch its watch on"),
     "edit of a second object": (lambda: scene(edit="color", edit_object=2), "1", "object 2 cannot be edited"),
     "edit to what is there": (lambda: scene(caption="a red circle", edit="color", edit_value="red"), "1", "is red already"),
     "edit to a word of another attribute": (lambda: scene(edit="shape", edit_value="red"), "1", "'red' is no shape"),

@@ -1,0 +1,1 @@
+"""Small helpers that several methods share and that belong to none of them."""
