@@ -21,6 +21,8 @@ SHOWN = {
     "PalimpsestP2PController": PICTURE + 2 * TEXT, "PalimpsestP2PMaskPreview": PICTURE + TEXT, "PalimpsestNullTextOptimize": PICTURE + TEXT,
     "PalimpsestAttentionMapPreview": PICTURE + TEXT, "PalimpsestFeaturePCAPreview": PICTURE + TEXT,
     "PalimpsestSeeCoderLoader": TEXT, "PalimpsestSeeCoderEncode": 2 * TEXT, "PalimpsestSeeCoderCompare": PICTURE + TEXT,
+    "PalimpsestMRSAConcept": PICTURE + TEXT, "PalimpsestMRSAConceptComposer": 2 * TEXT, "PalimpsestConceptMaskSAM": PICTURE + TEXT,
+    "PalimpsestConceptAttentionPreview": PICTURE + TEXT,
 }
 GROUP_COLORS = ("#3f789e", "#a1309b", "#8a8", "#b58b2a", "#b06634", "#88a")
 VIEW = (1600, 900)  # window that the first look is made for

@@ -8,7 +8,8 @@ from palimpsest.mini.parse import parse
 from palimpsest.mini.reader import read
 from palimpsest.mini.scenes import COLORS, PATTERNS, edited
 
-PAIRS = [mrsa.pair(seed) for seed in range(VALIDATION + mrsa.OFFSET, VALIDATION + mrsa.OFFSET + 20)]
+SEEDS = range(VALIDATION + mrsa.OFFSET, VALIDATION + mrsa.OFFSET + 20)
+PAIRS = [mrsa.pair(seed, plain=False) for seed in SEEDS]
 
 
 def drawn(scene):
@@ -20,13 +21,21 @@ def test_the_prompt_names_neither_colors_nor_patterns_and_each_reference_names_i
         objects, whole = parse(found.prompt)
         assert len(objects) == 2 and all(not set(named) & set(mrsa.LOOKS) and {"shape", "place"} <= set(named) for named in objects)
         assert not set(found.prompt.replace(",", "").split()) & (set(COLORS) | set(PATTERNS)) - {whole.get("background")}
-        assert found.named == objects and found == mrsa.pair(found.seed)
+        assert found.named == objects and found == mrsa.pair(found.seed, plain=False)
         assert len({obj.shape for obj in found.scene.objects}) == 2
         all_named, _ = parse(found.telling)
         assert [{name: named.get(name, "") for name in mrsa.LOOKS} for named in all_named] == [{name: getattr(obj, name) for name in mrsa.LOOKS} for obj in found.scene.objects]
         for obj, reference, text in zip(found.scene.objects, found.references, found.captions):
             (named,), _ = parse(text)
             assert reference.objects == (obj,) and all(named.get(name, "") == getattr(obj, name) for name in mrsa.LOOKS)
+
+
+def test_plain_pairs_are_filled_and_of_two_colors():
+    for found in map(mrsa.pair, SEEDS):
+        a, b = found.scene.objects
+        assert found.scene.style == "flat" and a.color != b.color and a.shape != b.shape
+        assert {obj.pattern for obj in (a, b)} == {"plain"} and {named.get("color2") for named in parse(found.telling)[0]} <= {None, ""}
+        assert [reference.objects for reference in found.references] == [(a,), (b,)]
 
 
 def test_every_look_occurs():
@@ -40,9 +49,8 @@ def test_the_perfect_picture_succeeds_and_wrong_ones_do_not():
         perfect.add(drawn(found.scene), found)
         a, b = found.scene.objects
         looks = [{key: getattr(obj, key) for key in ("color", "pattern", "color2", "rgb", "rgb2")} for obj in (a, b)]
-        if looks[0]["color"] != looks[1]["color"]:
-            # both looks are there, on the wrong objects
-            swapped.add(drawn(replace(found.scene, objects=(replace(a, **looks[1]), replace(b, **looks[0])))), found)
+        # both looks are there, on the wrong objects
+        swapped.add(drawn(replace(found.scene, objects=(replace(a, **looks[1]), replace(b, **looks[0])))), found)
         other = next(name for name in COLORS if name not in (b.color, b.color2))
         strange.add(drawn(edited(found.scene, "color", other, 1, 1)), found)
     assert sum(perfect.both) >= 19 and sum(swapped.both) == 0 and sum(strange.both) == 0
