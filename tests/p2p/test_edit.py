@@ -81,7 +81,9 @@ def test_the_rewrite_equals_the_edit_of_the_map_in_float64(own_chunk, mapped, ke
     keep = random(1, target_tokens) if kept else None
     chunks = [Chunk("negative", None, True), Chunk("positive", "mine", True)]
     chunks = chunks if own_chunk else chunks[::-1]
-    rows = SourceRows(get=None, of=lambda branch, i: n_source, context=lambda branch: source_context, chunks=tuple(chunks), batch=batch, sigma=1.0, size=(3, 3))
+    rows = SourceRows(
+        get=None, of=lambda branch, i: n_source, stored=None, context=lambda branch: source_context, chunks=tuple(chunks), batch=batch, sigma=1.0, size=(3, 3),
+    )
     run = P2PRun(edit=SimpleNamespace(mark="mine", plans=()), levels=torch.tensor([1.0, 0.0]))
     run._steps[0] = (mapping, keep)
     point = Point("attn2", "input", 1)
@@ -105,7 +107,7 @@ def test_the_rewrite_equals_the_edit_of_the_map_in_float64(own_chunk, mapped, ke
 def test_a_step_without_edit_is_left_alone():
     run = P2PRun(edit=SimpleNamespace(mark="mine", plans=()), levels=torch.tensor([1.0, 0.0]))
     run._steps[0] = (None, None)
-    rows = SourceRows(None, None, None, (Chunk("positive", "mine", True),), 1, 1.0, (2, 2))
+    rows = SourceRows(None, None, None, None, (Chunk("positive", "mine", True),), 1, 1.0, (2, 2))
     tensors = [torch.randn(1, 4, 3) for _ in range(3)]
     assert all(a is b for a, b in zip(run.attention(Point("attn2", "input", 1), *tensors, rows), tensors))
     assert not run.replaces(Point("attn2", "input", 1), 1.0) and run.edits_words(1.0) is False
