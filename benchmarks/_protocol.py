@@ -58,10 +58,15 @@ def ratio(measured: Callable[[], float], reference: Callable[[], float], rounds:
 
 def peak_in_child(module: str, cuda: bool, *arguments: str) -> dict:
     """Leaf: what `peak_here(*arguments)` of benchmarks/<module>.py measures in a process of its own, in MB."""
-    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), module, str(int(cuda)), *arguments], capture_output=True, text=True)
+    return {"value": float(in_child(module, cuda, "peak_here", *arguments)) / 2**20, "n": 1, "seeds": [SEED]}
+
+
+def in_child(module: str, cuda: bool, function: str, *arguments: str):
+    """What a function of benchmarks/<module>.py returns in a process of its own, which hands all its memory back; must be JSON. Raises RuntimeError when it fails."""
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), module, str(int(cuda)), function, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return {"value": float(done.stdout.splitlines()[-1]) / 2**20, "n": 1, "seeds": [SEED]}
+        raise RuntimeError(f"measuring {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def highest(run: Callable[[], object], cuda: bool) -> float:
@@ -88,7 +93,7 @@ def highest(run: Callable[[], object], cuda: bool) -> float:
 
 
 if __name__ == "__main__":
-    # a child of `peak_in_child`: the pack and the host are found as devtools/run.py and devtools/bench.py find them
+    # `in_child`: the pack and the host are found as devtools/run.py and devtools/bench.py find them
     import importlib
     import runpy
 
@@ -97,4 +102,4 @@ if __name__ == "__main__":
     from palimpsest.devtools.inprocess import put_host_on_path
 
     put_host_on_path(Path(os.environ["COMFYUI_PATH"]), host_arguments(bool(int(sys.argv[2]))))
-    print(importlib.import_module(f"palimpsest.benchmarks.{sys.argv[1]}").peak_here(*sys.argv[3:]))
+    print(json.dumps(getattr(importlib.import_module(f"palimpsest.benchmarks.{sys.argv[1]}"), sys.argv[3])(*sys.argv[4:])))

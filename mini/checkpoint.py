@@ -15,7 +15,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 UNET_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "text_encoder."
 
 
-PARTS = ("autoencoder", "seecoder", "controlnet")  # not models by themselves
+PARTS = ("autoencoder", "seecoder", "controlnet", "strips")  # not models by themselves
 
 
 def names() -> list[str]:
@@ -131,6 +131,24 @@ def load(name: str):
     model, clip, vae = found
     return model, clip, vae
 
+def with_lora(model, strength: float):
+    """A clone of a mini MODEL with the shipped LoRA "strips" at `strength`, through the host's own loader.
+
+    Raises ValueError, one sentence, for a model of other layers or widths, and when the file is missing or damaged.
+    """
+    import comfy.lora
+    import comfy.sd
+
+    weights, _ = read_weights(WEIGHTS / "strips.safetensors")
+    known, shapes = comfy.lora.model_lora_keys_unet(model.model, {}), model.model_state_dict()
+    for name, difference in weights.items():
+        layer, kind = name.rsplit(".", 1)
+        target = known.get(layer)
+        if target is not None and kind == "diff_b":
+            target = target.removesuffix(".weight") + ".bias"
+        if target not in shapes or shapes[target].shape != difference.shape:
+            raise ValueError(f"The mini LoRA changes the UNet of Mini Checkpoint only, but the connected model is a {type(model.model).__name__} of other widths: connect Mini Checkpoint.")
+    return comfy.sd.load_lora_for_models(model, None, weights, strength, 0.0)[0]
 
 
 def load_controlnet():

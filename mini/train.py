@@ -92,8 +92,16 @@ def train_controlnet(folder: Path, args, device) -> None:
     write_weights(args.output or WEIGHTS / "controlnet.safetensors", state, metadata)
 
 
+def train_strips(folder: Path, args, device) -> None:
+    """The mini LoRA "strips", on the shipped text-to-image model."""
+    from . import train_strips as recipe
+
+    state, metadata = recipe.train(folder, args.minutes, device, *shipped_text_to_image(), shipped_autoencoder(), args.seed)
+    write_weights(args.output or WEIGHTS / "strips.safetensors", state, metadata)
+
+
 MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image, "seecoder_backbone": train_seecoder_backbone,
-           "seecoder": train_seecoder, "controlnet": train_controlnet}
+           "seecoder": train_seecoder, "controlnet": train_controlnet, "strips": train_strips}
 
 
 def main(argv: list[str]) -> int:

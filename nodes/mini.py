@@ -1,4 +1,4 @@
-"""Mini Checkpoint, Mini Scene, Mini ControlNet and Mini Outline: schema and wiring."""
+"""Mini Checkpoint, Mini LoRA, Mini Scene, Mini ControlNet and Mini Outline: schema and wiring."""
 
 from __future__ import annotations
 
@@ -195,6 +195,34 @@ class MiniScene(io.ComfyNode):
         return restate(scene, named, whole, seed)
 
 
+class MiniLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PalimpsestMiniLora",
+            display_name="Mini LoRA",
+            category="Palimpsest/mini",
+            description=(
+                "Puts the LoRA 'strips' on the mini checkpoint: trained on strips in which things recur, it lets the model look at one thing to draw another of its "
+                "kind, as models of photographs do by themselves. MRSA Concept Composer needs that; what single prompts give hardly changes."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model of Mini Checkpoint (text_to_image); no other fits."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="Share of the LoRA's weights that is added, 0 to 2: 0 leaves the model as it is, 1 is what it was trained for."),
+            ],
+            outputs=[io.Model.Output("model", display_name="model", tooltip="The model with the LoRA, for MRSA Concept Composer and a KSampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, strength) -> io.NodeOutput:
+        return io.NodeOutput(checkpoint.with_lora(model, strength) if strength else model)
+
+    @classmethod
+    def fingerprint_inputs(cls, model, strength):
+        """Weights that were trained anew are loaded anew."""
+        return _state("strips") + str(strength)
+
+
 class MiniControlNet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -238,4 +266,4 @@ class MiniOutline(io.ComfyNode):
         return io.NodeOutput(torch.from_numpy(lines)[None, :, :, None].expand(-1, -1, -1, 3).contiguous())
 
 
-NODES = [MiniCheckpoint, MiniScene, MiniControlNet, MiniOutline]
+NODES = [MiniCheckpoint, MiniLora, MiniScene, MiniControlNet, MiniOutline]
