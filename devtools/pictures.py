@@ -33,6 +33,7 @@ SHOWN = {
     "PalimpsestMRSAConceptComposer": ("mini-mrsa-two_concepts", 1, ("concept a", "concept b", "edit")),
     "PalimpsestConceptMaskSAM": ("mrsa-sd15", 3, ("mask",)),
     "PalimpsestConceptAttentionPreview": ("mini-mrsa-two_concepts", 3, ("where each concept is looked at",)),
+    "PalimpsestMiniLora": ("mini-mrsa-two_concepts", 1, ("concept a", "concept b", "edit")),
     "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "picture")),
     "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
 }

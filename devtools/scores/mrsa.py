@@ -8,7 +8,9 @@ draws badly even when its prompt tells all.
 both_concepts: fraction of pairs in which both objects have color, pattern and second color of their references, as the scene reader reads them (of filled even
 marks either color comes first). .one_concept: the same for single objects. .details: per attribute, and whether the prompt itself is followed.
 mrsa: the rule of the authors' code; mrsa_paper_rule: the paper's formula, at the weight that serves it best; prompt_only: the same prompt and noise without
-references; prompt_naming_all: without references, but with a prompt that names colors and patterns too, which is what the mini model can draw at best.
+references; prompt_naming_all: without references, but with a prompt that names colors and patterns too, which is what the mini model can draw at best. All four
+with the LoRA "strips" (see mini/train_strips.py), which teaches the mini model what photographs teach others: to look at one thing while it draws another of
+its kind. mrsa_bare, mrsa_paper_rule_bare: without that LoRA, each with the settings that served it best.
 """
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 from palimpsest.mini import autoencoder, checkpoint, nets, scenes, storage, tokens
 from palimpsest.inversion.report import psnr
 from palimpsest.mini.parse import parse
-from palimpsest.nodes.mini import MiniCheckpoint, MiniScene
+from palimpsest.nodes.mini import MiniCheckpoint, MiniLora, MiniScene
 from palimpsest.tests.helpers.host_nodes import lora
 from palimpsest.tests.helpers.sampling import custom_advanced, ksampler, schedule
 
@@ -281,3 +281,23 @@ def test_missing_weights_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "WEIGHTS", tmp_path)
     with pytest.raises(ValueError, match="text_to_image.safetensors are missing"):
         MiniCheckpoint.execute("text_to_image")
+
+
+# -- Mini LoRA ------------------------------------------------------------------------------------------------------------
+
+def test_the_lora_changes_a_clone_and_strength_nothing_leaves_the_model():
+    assert [i.id for i in MiniLora.define_schema().inputs] == ["model", "strength"] and MiniLora.define_schema().node_id == "PalimpsestMiniLora"
+    model, _, _ = checkpoint.load("text_to_image")
+    assert MiniLora.execute(model, 0.0).args[0] is model
+    (changed,) = MiniLora.execute(model, 1.0).args
+    assert changed is not model and len(changed.patches) > 50 and not model.patches
+    noise, prompt = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), [[torch.randn(1, 77, 128, generator=torch.Generator().manual_seed(1)), {}]]
+    plain, other, again = (ksampler(m, noise, prompt, prompt, steps=2, cfg=1.0) for m in (model, changed, model))
+    assert torch.equal(plain, again) and not torch.equal(plain, other)
+
+
+def test_the_lora_refuses_other_models():
+    from palimpsest.tests.helpers.models import tiny_sd15
+
+    with pytest.raises(ValueError, match="connect Mini Checkpoint"):
+        MiniLora.execute(tiny_sd15(), 1.0)
