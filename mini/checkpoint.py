@@ -147,7 +147,8 @@ def with_lora(model, strength: float):
         if target is not None and kind == "diff_b":
             target = target.removesuffix(".weight") + ".bias"
         if target not in shapes or shapes[target].shape != difference.shape:
-            raise ValueError(f"The mini LoRA changes the UNet of Mini Checkpoint only, but the connected model is a {type(model.model).__name__} of other widths: connect Mini Checkpoint.")
+            kind = type(model.model).__name__
+            raise ValueError(f"The mini LoRA fits the UNet of Mini Checkpoint only, but the connected model is a {kind} of other layers or widths: connect Mini Checkpoint.")
     return comfy.sd.load_lora_for_models(model, None, weights, strength, 0.0)[0]
 
 

@@ -143,9 +143,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
                     context = text_states(text, ids)
                 predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context, transformer_options={"optimized_attention_override": attention}).float()
             loss = (base.weights_at(abar[t]) * (predicted - noise).square().mean((1, 2, 3))).mean()
-            match = sum(attention.matches) / len(attention.matches)
-            if trainer.step % 100 == 0: print('match', [round(m.item(), 3) for m in attention.matches], 'eps', loss.item(), flush=True)
-            loss = loss + MATCHING * match
+            loss = loss + MATCHING * sum(attention.matches) / len(attention.matches)
             going = trainer.update(loss, BATCH * PANELS)
     trainer.report()
     averaged = trainer.averaged()

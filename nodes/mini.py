@@ -208,7 +208,14 @@ class MiniLora(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model of Mini Checkpoint (text_to_image); no other fits."),
-                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip="Share of the LoRA's weights that is added, 0 to 2: 0 leaves the model as it is, 1 is what it was trained for."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Share of the LoRA's weights that is added, 0 to 2: 0 leaves the model as it is, 1 is what it was trained for.",
+                ),
             ],
             outputs=[io.Model.Output("model", display_name="model", tooltip="The model with the LoRA, for MRSA Concept Composer and a KSampler.")],
         )
