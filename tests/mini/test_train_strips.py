@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from palimpsest.mini import autoencoder, checkpoint, nets, optim, storage, tokens, train, train_strips
-from palimpsest.mini.strips import ALONE, PANELS
+from palimpsest.mini.strips import ALONE, PANELS, TOGETHER, sample_strip
 from palimpsest.tests.helpers.sampling import ksampler
 
 
@@ -53,8 +53,53 @@ def test_other_layers_stay_apart(block):
 
 def test_only_self_attention_and_feed_forward_of_the_decoder_learn():
     learn = [name for name, _ in nets.new_unet().named_parameters() if train_strips.is_trained(name)]
-    assert {int(name.split(".")[1]) for name in learn} == set(range(3, 12)) and len(learn) == 9 * 13
-    assert not any("attn2" in name or "norm2" in name or "proj" in name.split(".")[3] for name in learn)
+    # q, k, v, out with bias; two layers of the feed-forward and two norms with bias
+    assert {int(name.split(".")[1]) for name in learn} == set(range(3, 9)) and len(learn) == 6 * (5 + 4 + 4)
+    assert not any("attn2" in name or "norm2" in name for name in learn)
+
+
+def matching(looks_at):
+    """The matching loss of one strip of 1 token a panel per kind: later panels show object 1, object 2 and nothing; `looks_at` [3, 3 + 3 * ALONE] are their logits."""
+    labels = torch.tensor([[[1, 0, 0], [0, 2, 0], *[[1, 2, 0]] * TOGETHER]])
+    q = torch.eye(3)[None, None].expand(1, TOGETHER, -1, -1)
+    return train_strips.matching_loss(q, 3**0.5 * looks_at.T[None, None].expand(1, TOGETHER, -1, -1), labels, heads=1)
+
+
+def test_matching_is_right_where_objects_look_at_themselves_and_the_background_at_none():
+    own, first = 3, 9
+    right = torch.zeros(3, first)
+    right[0, own + 0] = right[1, own + 4] = 30.0  # object 1 in the first panel, object 2 in the second
+    right[2, 2] = 30.0  # the background at itself
+    assert matching(right) < 1e-6
+    swapped = right.clone()
+    swapped[0], swapped[1] = right[1], right[0]
+    assert matching(swapped) > 10
+    staring = right.clone()
+    staring[2, own] = 60.0
+    assert matching(staring) > 5
+
+
+def test_how_much_is_looked_at_the_first_panels_at_all_is_left_open():
+    a, b = torch.zeros(3, 9), torch.zeros(3, 9)
+    b[:2, :3] = 5.0  # both objects' tokens look at their own panel more
+    assert torch.allclose(matching(a), matching(b))
+
+
+def test_matching_has_a_gradient_without_holes():
+    torch.manual_seed(2)
+    labels = torch.randint(-1, 3, (2, PANELS, 16))
+    q, k = torch.randn(2, TOGETHER, 16, 32, requires_grad=True), torch.randn(2, TOGETHER, 16 * (1 + ALONE), 32, requires_grad=True)
+    loss = train_strips.matching_loss(q, k, labels, heads=8)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(q.grad).all() and torch.isfinite(k.grad).all() and q.grad.abs().max() > 0
+
+
+def test_labels_tell_objects_by_their_shapes():
+    panels = sample_strip(4).panels
+    shapes = [obj.shape for obj in panels[-1].objects]
+    alone = [set(train_strips.labels_of(panel, shapes).tolist()) for panel in panels[:ALONE]]
+    together = set(train_strips.labels_of(panels[-1], shapes).tolist())
+    assert {1} <= alone[0] <= {-1, 0, 1} and {2} <= alone[1] <= {-1, 0, 2} and {0, 1, 2} <= together
 
 
 @pytest.mark.slow
