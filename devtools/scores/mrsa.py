@@ -15,12 +15,14 @@ its kind. mrsa_bare, mrsa_paper_rule_bare: without that LoRA, each with the sett
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from ...attention_patches.mrsa import compose
 from ...attention_patches.mrsa_attention import CODE, PAPER
 from ...attention_patches.mrsa_concept import Concepts, encode_concept
+from ...mini import checkpoint
 from ...mini.captions import caption
 from ...mini.metrics import match_named, shows
 from ...mini.reader import Reading, read
@@ -33,11 +35,24 @@ COUNT, PATTERNED, OFFSET, APART = 50, 20, 400_000, 1_000  # seeds of this and ot
 LOOKS = ("color", "pattern", "color2")  # what only the references know
 NAMED = ("shape", "place", "size", "background", "style")
 STEPS, SCHEDULER, CFG = 25, "ddim_uniform", 4.0
-# chosen on validation seeds; u5 (8 x 8 tokens) is the only layer of the mini UNet whose attention tells two things apart, the finer ones blur the picture
-LAYERS, THRESHOLD = "u5", 0.25
-WEIGHTS = {CODE: 2.0, PAPER: 3.0}
-# way -> (rule of the references, whether the prompt names their looks too)
-WAYS = {"mrsa": (CODE, False), "mrsa_paper_rule": (PAPER, False), "prompt_only": (None, False), "prompt_naming_all": (None, True)}
+THRESHOLD = 0.25
+
+
+class Way(NamedTuple):
+    """rule of the references, None for none; whether the prompt names their looks too; whether the model has the LoRA; layers and weight."""
+
+    rule: str | None = None
+    telling: bool = False
+    lora: bool = True
+    layers: str = "u3-5"
+    weight: float = 1.0
+
+
+# layers and weights chosen on validation seeds; without the LoRA u5 is the only layer whose attention tells two things apart, the finer ones blur the picture
+WAYS = {
+    "mrsa": Way(CODE), "mrsa_paper_rule": Way(PAPER), "prompt_only": Way(), "prompt_naming_all": Way(telling=True),
+    "mrsa_bare": Way(CODE, lora=False, layers="u5", weight=2.0), "mrsa_paper_rule_bare": Way(PAPER, lora=False, layers="u5", weight=3.0),
+}
 
 
 @dataclass(frozen=True)
@@ -96,34 +111,35 @@ def pair(seed: int, plain: bool = True) -> Pair:
 
 
 @torch.inference_mode()
-def composing(mini: Mini, found: Pair, rule: str | None):
-    """The MODEL that sees a pair's references; the plain one without a rule."""
-    if rule is None:
-        return mini.model
+def composing(mini: Mini, model, found: Pair, way: Way):
+    """`model` made to see a pair's references; itself without a rule."""
+    if way.rule is None:
+        return model
     concepts = Concepts()
     for scene, text in zip(found.references, found.captions):
         mask = torch.from_numpy(masks(scene))
-        concept, _ = encode_concept(pictures([scene]), mini.vae, mask, mini.prompts([text]), WEIGHTS[rule], size=(SIZE, SIZE), threshold=THRESHOLD)
+        concept, _ = encode_concept(pictures([scene]), mini.vae, mask, mini.prompts([text]), way.weight, size=(SIZE, SIZE), threshold=THRESHOLD)
         concepts = concepts.joined(concept)
-    return compose(mini.model, concepts, layers=LAYERS, rule=rule, seed=found.seed)[0]
+    return compose(model, concepts, layers=way.layers, rule=way.rule, seed=found.seed)[0]
 
 
-def judge(mini: Mini, found: Pair, results: dict[str, Found]) -> None:
-    """Make the picture of a pair in every way and note what is read in it."""
+def judge(mini: Mini, models: dict[bool, object], found: Pair, results: dict[str, Found]) -> None:
+    """Make the picture of a pair in every way and note what is read in it. models: without and with the LoRA."""
     empty = torch.zeros(1, 4, SIZE // 8, SIZE // 8)
-    for way, (rule, telling) in WAYS.items():
-        prompt = mini.prompts([found.telling if telling else found.prompt])
-        samples = mini.sample(composing(mini, found, rule), prompt, empty, [found.seed], steps=STEPS, cfg=CFG, scheduler=SCHEDULER)
-        results[way].add(read(mini.decode(samples)[0]), found)
+    for name, way in WAYS.items():
+        prompt = mini.prompts([found.telling if way.telling else found.prompt])
+        samples = mini.sample(composing(mini, models[way.lora], found, way), prompt, empty, [found.seed], steps=STEPS, cfg=CFG, scheduler=SCHEDULER)
+        results[name].add(read(mini.decode(samples)[0]), found)
 
 
 def score(quick: bool) -> dict:
     """Figures of this module (see its docstring for the keys)."""
     mini, first, leaves = Mini(), HELD_OUT + OFFSET, {}
+    models = {False: mini.model, True: checkpoint.with_lora(mini.model, 1.0)}
     for plain, count in ((True, 6 if quick else COUNT), (False, 1 if quick else PATTERNED)):
         results = {way: Found() for way in WAYS}
         for seed in range(first, first + count):
-            judge(mini, pair(seed, plain), results)
+            judge(mini, models, pair(seed, plain), results)
         for way, found in results.items():
             named = found.leaves(span(first, count))
             leaves[way] = named if plain else {**leaves[way], "patterned": named}
