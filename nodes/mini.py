@@ -217,7 +217,7 @@ class MiniLora(io.ComfyNode):
                     tooltip="Share of the LoRA's weights that is added, 0 to 2: 0 leaves the model as it is, 1 is what it was trained for.",
                 ),
             ],
-            outputs=[io.Model.Output("model", display_name="model", tooltip="The model with the LoRA, for MRSA Concept Composer and a KSampler.")],
+            outputs=[io.Model.Output("patched_model", display_name="model", tooltip="The model with the LoRA, for MRSA Concept Composer and a KSampler.")],
         )
 
     @classmethod

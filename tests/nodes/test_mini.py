@@ -297,7 +297,7 @@ def test_the_lora_changes_a_clone_and_strength_nothing_leaves_the_model():
 
 
 def test_the_lora_refuses_other_models():
-    from palimpsest.tests.helpers.models import tiny_sd15
+    from palimpsest.tests.helpers.models import tiny_sdxl
 
     with pytest.raises(ValueError, match="connect Mini Checkpoint"):
-        MiniLora.execute(tiny_sd15(), 1.0)
+        MiniLora.execute(tiny_sdxl(), 1.0)
