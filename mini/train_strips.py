@@ -1,7 +1,7 @@
 """Training recipe of the mini LoRA "strips": the decoder's self-attentions of the text-to-image model learn to look at the first panels of a strip.
 
 A panel is a row of its own with a caption of its own; the later panels' queries also see the keys of the first ones, unmasked and unweighted, as a picture's
-patches see each other. Everything but the transformer blocks that hold those self-attentions stays as it is, their cross-attention too.
+patches see each other. Everything but the transformer blocks that hold those self-attentions stays as it is.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LORA = "lora_unet_"  # the host's LoRA names of a UNet's layers
 
 
 def is_trained(name: str) -> bool:
-    """Whether a parameter of the UNet learns: self-attention and feed-forward of the decoder's transformer blocks, with their norms."""
+    """Whether a parameter of the UNet learns: all of those transformer blocks. Their cross-attentions tell which of two things a place will show, which is what to look for."""
     parts = name.split(".")
-    return parts[0] == "output_blocks" and int(parts[1]) in BLOCKS and bool({"attn1", "norm1", "ff", "norm3"} & set(parts))
+    return parts[0] == "output_blocks" and int(parts[1]) in BLOCKS and "transformer_blocks" in parts
 
 
 class StripAttention:
