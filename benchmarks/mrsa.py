@@ -33,11 +33,12 @@ def bench(quick: bool) -> dict:
 
     cuda = comfy.model_management.get_torch_device().type == "cuda"
     found: dict = {"peak_mb": {"plain": peak("plain", 1, quick, cuda)}}
+    # every measurement in a process of its own: what the maps of fewer references leave behind in pieces does not fit those of more
+    peaks = {count: {name: peak(name, count, quick, cuda) for name in ("ours", "published")} for count in COUNTS}
+    print("  memory done", flush=True)
     for count in COUNTS:
-        peaks = {name: peak(name, count, quick, cuda) for name in ("ours", "published")}
-        # in a process of its own too: what the maps of fewer references leave behind in pieces does not fit those of more
         times = in_child("mrsa", cuda, "times_here", str(count), str(int(quick)), str(int(cuda)))
-        found[f"r{count}"] = {"peak_mb": peaks, **memory_ratio(**peaks), **times}
+        found[f"r{count}"] = {"peak_mb": peaks[count], **memory_ratio(**peaks[count]), **times}
         print(f"  {count} of {len(COUNTS)}: time {times['time_ratio_to_published']['value']:.3f} of the published way's", flush=True)
     return found
 
