@@ -112,5 +112,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_channels(shape: torch.Size | list[int], file: str) -> None:
+    if len(shape) != 4:
+        raise ValueError(f"The first layer of {file} has the shape {list(shape)}, which is no convolution: it is damaged or was converted wrongly, so download it again.")
     if shape[1] != CHANNELS:
         raise ValueError(refusal(NODE, file, shape[1]))
