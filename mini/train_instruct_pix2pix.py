@@ -60,7 +60,7 @@ def precompute(folder: Path, autoencoder: Autoencoder, count: int) -> torch.Tens
             parts.append((autoencoder.encode(torch.from_numpy(drawn).movedim(-1, 1) * 2 - 1) * SCALE).half())
         if start % 2000 == 0:
             print(f"pairs: {start} of {count}", flush=True)
-    latents = torch.cat(parts).clone().unflatten(0, (-1, 2))
+    latents = torch.cat(parts).clone(memory_format=torch.contiguous_format).unflatten(0, (-1, 2))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     save_file({"latents": latents}, partial)
