@@ -123,8 +123,11 @@ def _move(scene, rng, plain):
     index = rng.randrange(len(scene.objects))
     value = _other(PLACES, scene.objects[index].place, rng=rng)
     after = _with(scene, index, put(scene.objects[index], value, rng))
-    return after and (rng.choice(MOVE_FORMS).format(o=call(scene, index, rng), v=rng.choice(PLACE_WORDS[value]).replace("in the", "to the").replace("on the", "to the").replace("at the", "to the")
-                                                    if rng.random() < 0.5 else rng.choice(PLACE_WORDS[value])), after, index)
+    if after is None:
+        return None
+    form, name, moving = rng.choice(MOVE_FORMS), call(scene, index, rng), rng.random() < 0.5
+    there = rng.choice(PLACE_WORDS[value])
+    return form.format(o=name, v=f"to {there[there.index('the'):]}" if moving else there), after, index
 
 
 def _size(scene, rng, plain):

@@ -69,7 +69,10 @@ def precompute(folder: Path, autoencoder: Autoencoder, count: int) -> torch.Tens
 
 
 def train(folder: Path, minutes: float, device: torch.device, weights: dict[str, torch.Tensor], autoencoder: Autoencoder, seed: int = 0, resume: bool = True) -> tuple[dict, dict]:
-    """Train UNet and text encoder for `minutes`; returns (weights under a member's keys, metadata). weights: a member to start from. Raises KeyboardInterrupt, with the state saved."""
+    """Train UNet and text encoder for `minutes`; returns (weights under a member's keys, metadata).
+
+    weights: a member to start from. Raises KeyboardInterrupt, with the state saved.
+    """
     torch.manual_seed(seed)
     tokens = GrammarTokens(vocabulary())
     model = torch.nn.ModuleDict({"unet": new_unet(in_channels=8), "text": new_text_encoder(tokens.unknown + 1)})
@@ -102,4 +105,6 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
     prefixes = {"unet.": UNET_PREFIX, "text.": TEXT_PREFIX}
     state = {prefixes[key[:5]] + key[5:]: value for key, value in trainer.averaged().items()}
     state["token_ids"] = torch.tensor(tokens.ids, dtype=torch.int32)
-    return state, {"recipe": "instruct_pix2pix", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "triples": POOL, "conditioning_dropout": DROPOUT, "offset_noise": base.OFFSET_NOISE}
+    return state, {
+        "recipe": "instruct_pix2pix", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "triples": POOL, "conditioning_dropout": DROPOUT, "offset_noise": base.OFFSET_NOISE,
+    }
