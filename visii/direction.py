@@ -119,8 +119,8 @@ def make_direction(clip_vision, name: str, before: Tensor, after: Tensor, width:
                 f"The CLIP_VISION gives features of shape {list(embeds.shape[1:])}, but the text projection {name} leads to {len(projection)} values: "
                 "load the vision model of the same CLIP, or set the text projection to none."
             )
-        features.append(plain(embeds))
+        features.append(embeds)
     vector = direction_between(*features)
     if not bool(torch.isfinite(vector).all()) or float(vector.norm()) < 0.5:
         return Direction(reason="the CLIP_VISION sees no difference between the pictures")
-    return Direction(vector, projection)
+    return Direction(plain(vector), projection)

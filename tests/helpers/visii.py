@@ -11,7 +11,7 @@ from .models import SD15_LAYOUT, SDXL_LAYOUT, _build
 WIDTH = 48  # of the text tokens
 
 
-def tiny_edit(seed=0, width=64, context_dim=WIDTH, dtype=torch.float32, channel_mult=(1, 1, 1, 1)):
+def tiny_edit(seed=0, width=32, context_dim=WIDTH, dtype=torch.float32, channel_mult=(1, 1, 1, 1)):
     """An InstructPix2Pix model of the SD1.5 layout: 8 input channels, the host's own class."""
     import comfy.model_base
     import comfy.supported_models
