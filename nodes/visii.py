@@ -24,7 +24,7 @@ def instruction_outputs() -> list:
     """What every node gives that makes an instruction."""
     return [
         io.Conditioning.Output("conditioning", display_name="conditioning", tooltip="Plain CONDITIONING: the positive of InstructPix2Pix Conditioning, with a new picture."),
-        InstructionType.Output("instruction", display_name="instruction", tooltip="The same with what belongs to it: for saving, combining with text and blending."),
+        InstructionType.Output("result", display_name="instruction", tooltip="The same with what belongs to it: for saving, combining with text and blending."),
     ]
 
 
