@@ -39,7 +39,7 @@ class Step:
         conds = {name: type(cond)(cond.cond.clone()) if isinstance(getattr(cond, "cond", None), Tensor) else cond for name, cond in entry["model_conds"].items()}
         return {**entry, "model_conds": conds}
 
-    def _with(self, entry: dict, rows: list[int], tokens: Tensor | None = None, picture: bool = True) -> list:
+    def entry(self, entry: dict, rows: list[int], tokens: Tensor | None = None, picture: bool = True) -> list:
         """The list of one entry with the pictures of the pairs `rows` (or none at all), and other tokens if given."""
         conds = dict(entry["model_conds"])
         images = conds["c_concat"].cond[rows]
@@ -48,7 +48,8 @@ class Step:
             conds["c_crossattn"] = comfy.conds.CONDCrossAttn(tokens)
         return [{**entry, "model_conds": conds}]
 
-    def _predict(self, conds: list, y: Tensor, levels: Tensor) -> list[Tensor]:
+    def predict(self, conds: list, y: Tensor, levels: Tensor) -> list[Tensor]:
+        """D of every list, through the host's own batching."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         found = comfy.samplers.calc_cond_batch(self.private, conds, y, levels, self.options)
         # asked again because older hosts do not ask inside the network, and this may have been the last call
@@ -59,11 +60,11 @@ class Step:
         """(D of picture and empty text, D of neither), one call without gradient."""
         with torch.no_grad():
             # three lists: a guidance patch that makes its own third prediction knows a pair by its two
-            return tuple(self._predict([None, self._with(self.empty, rows), self._with(self.empty, rows, picture=False)], y, levels)[1:])
+            return tuple(self.predict([None, self.entry(self.empty, rows), self.entry(self.empty, rows, picture=False)], y, levels)[1:])
 
     def with_text(self, tokens: Tensor, y: Tensor, levels: Tensor, rows: list[int]) -> Tensor:
         """D of picture and tokens [1, T, C]."""
-        return self._predict([self._with(self.text, rows, tokens), None, None], y, levels)[0]
+        return self.predict([self.entry(self.text, rows, tokens), None, None], y, levels)[0]
 
     def noisy(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """(y, levels, noise, pairs) of timesteps: pair t mod N of N, each with the timestep's own noise."""
