@@ -92,8 +92,18 @@ def train_controlnet(folder: Path, args, device) -> None:
     write_weights(args.output or WEIGHTS / "controlnet.safetensors", state, metadata)
 
 
+def train_instruct_pix2pix(folder: Path, args, device) -> None:
+    """The mini edit model, from the shipped text-to-image model or (--from-shipped) from its own weights."""
+    from . import train_instruct_pix2pix as recipe
+
+    file = WEIGHTS / f"{'instruct_pix2pix' if args.from_shipped else 'text_to_image'}.safetensors"
+    state, metadata = recipe.train(folder, args.minutes, device, read_weights(file)[0], shipped_autoencoder(), args.seed, resume=not args.from_shipped)
+    write_weights(args.output or WEIGHTS / "instruct_pix2pix.safetensors", state, metadata)
+
+
 MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image, "seecoder_backbone": train_seecoder_backbone,
-           "seecoder": train_seecoder, "controlnet": train_controlnet}
+           "seecoder": train_seecoder, "controlnet": train_controlnet,
+           "instruct_pix2pix": train_instruct_pix2pix}
 
 
 def main(argv: list[str]) -> int:
