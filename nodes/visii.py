@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..instruct_pix2pix.checks import check_edit_model
 from ..inversion.display import say, show
 from ..inversion.fingerprint import model_fingerprint
 from ..inversion.gradients import CHECKPOINTING
-from ..visii import compose, direction, edit_model
+from ..visii import compose, direction
 from ..visii.learn import CHOICES, Settings
-from ..visii.learn_run import check_settings, run_learn
+from ..visii.learn_run import NODE, check_settings, run_learn
 from ..visii.pairs import encode_pairs
 from ..visii.plot import loss_plot, preview_strip
 from ..visii.report import describe, information
@@ -34,7 +35,7 @@ class VisiiLearnInstruction(io.ComfyNode):
         projections = direction.choices()
         return io.Schema(
             node_id="PalimpsestVisiiLearnInstruction",
-            display_name="Visii Learn Instruction",
+            display_name=NODE,
             category=CATEGORY,
             description=(
                 "Learns an edit instruction from a picture before and after the edit, for use on new pictures: visual instruction inversion. The instruction's words are trained "
@@ -162,7 +163,7 @@ class VisiiLearnInstruction(io.ComfyNode):
         settings = Settings(steps, learning_rate, text_guidance, image_guidance, mse_weight, direction_weight, seed, keep, preview_every, checkpointing)
         # what can be refused is refused before anything is computed
         check_settings(settings)
-        edit_model.check_edit_model(model)
+        check_edit_model(model, NODE)
         null = null_text(clip)
         start = from_text(clip, start_text) if start_instruction is None else start_instruction
         pairs = encode_pairs(vae, before, after, model.get_model_object("latent_format").latent_channels)

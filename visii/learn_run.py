@@ -20,6 +20,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..attention_patches.blocks import architecture_name
+from ..attention_patches.host import token_width
+from ..instruct_pix2pix.checks import check_edit_model
+from ..instruct_pix2pix.conditioning import with_image
 from ..inversion.gradients import CHECKPOINTING, differentiable_options, memory_needed, private_model, room_needed, tries, with_room
 from .direction import Direction
 from .instruction import Instruction, check_same_encoder
@@ -27,6 +30,8 @@ from .learn import CHOICES, Record, Settings, learn
 from .objective import similarity, timesteps
 from .pairs import Pairs
 from .step import PREVIEW_STEPS, Step
+
+NODE = "Visii Learn Instruction"
 
 
 @dataclass
@@ -142,9 +147,7 @@ def total_steps(settings: Settings) -> int:
 
 def prepare(model, start: Instruction, pairs: Pairs, null: tuple[Tensor, dict]) -> dict[str, list]:
     """The two lists of CONDITIONING that a guider processes: the instruction and the empty text, each with the pictures before."""
-    picture = {"concat_latent_image": pairs.image}
-    (tokens, options), (empty, others) = start.conditioning[0], null
-    return {"positive": [[tokens, {**options, **picture}]], "negative": [[empty, {**others, **picture}]]}
+    return {"positive": with_image(start.conditioning, pairs.image), "negative": with_image([list(null)], pairs.image)}
 
 
 @torch.no_grad()
@@ -158,13 +161,11 @@ def run_learn(model, pairs: Pairs, start: Instruction, null: tuple[Tensor, dict]
     Raises ValueError, one sentence, for input that cannot be used or a loss that is no number at the first step, and the host's interrupt on
     Cancel; nothing is left behind in either case.
     """
-    from ..attention_patches.host import token_width
     from ..attention_patches.reference_pass import edits_of
-    from .edit_model import check_edit_model
 
     settings = settings or Settings()
     check_settings(settings)
-    check_edit_model(model)
+    check_edit_model(model, NODE)
     if edits_of(model):
         raise ValueError("The MODEL carries an edit of this pack, but an instruction is learned without: connect the MODEL from before the editing node.")
     check_same_encoder(start, null[0], "the connected CLIP")

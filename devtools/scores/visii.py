@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...instruct_pix2pix.conditioning import with_image
+from ...instruct_pix2pix.guidance import add_image_guidance
 from ...mini.captions import caption
 from ...mini.instructions import Triple
 from ...mini.reader import read
@@ -93,11 +95,9 @@ def edit(number: int, first: int, scenes: int = SCENES) -> Edit:
 @torch.inference_mode()
 def applied(mini: Mini, tokens: torch.Tensor, scenes: list[Scene], first: int, text_scale: float = TEXT_SCALE) -> list:
     """Readings of the scenes' pictures edited with an instruction [1, T, C], through the node's own guidance and the stock sampler."""
-    from ...instruct_pix2pix.guidance import add_image_guidance
-
     picture = mini.encode(pictures(scenes))["samples"]
-    (empty, extra), = mini.prompts([""] * len(scenes))
-    positive, negative = ([[states, {**more, "concat_latent_image": picture}]] for states, more in ((tokens.expand(len(scenes), -1, -1).clone(), {}), (empty, extra)))
+    prompts = [[tokens.expand(len(scenes), -1, -1).clone(), {}]], mini.prompts([""] * len(scenes))
+    positive, negative = (with_image(prompt, picture) for prompt in prompts)
     samples = mini.sample(add_image_guidance(mini.model, IMAGE_SCALE), positive, torch.zeros_like(picture), list(range(first, first + len(scenes))),
                           steps=STEPS, cfg=text_scale, scheduler=SCHEDULER, negative=negative)
     return [read(found) for found in mini.decode(samples)]

@@ -132,7 +132,7 @@ REFUSED = {
     "no edit": ({"after": picture(0)}, "are the same"),
     "empty": ({"start_text": ""}, "start text is empty"),
     "long": ({"start_text": "cat " * 80}, "start text has 80 tokens"),
-    "not an edit model": ({"model": "plain"}, "needs an edit model with 8 input channels"),
+    "not an edit model": ({"model": "plain"}, "Visii Learn Instruction needs an edit model, whose first layer takes 8 channels"),
     "another encoder's instruction": ({"start_instruction": replace(random_instruction(tokens=77), text="x")}, "another text encoder"),
     "another model's text encoder": ({"clip": WordClip(width=24)}, "gives 24 values per token, but the model takes 48"),
     "settings": ({"mse_weight": 0.0}, "above 0"),
