@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import pickle
 
 import torch
 from torch import Tensor
@@ -49,10 +48,12 @@ def read_rows(path: str) -> Tensor:
     try:
         # the host's own loader wants a table of tensors
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"The file {name} holds code or other things besides tensors, so it was not opened: choose a prompt_embeds_*.pt of the released code.") from error
-    # whatever zip or the system find wrong
+    # whatever pickle, zip or the system find wrong
     except Exception as error:
+        if type(error).__name__ == "UnpicklingError":
+            raise ValueError(
+                f"The file {name} holds code or other things besides tensors, so it was not opened: choose a prompt_embeds_*.pt of the released code."
+            ) from error
         raise ValueError(f"The file {name} cannot be read ({type(error).__name__}): it is damaged or no file of torch.") from error
     if not isinstance(found, Tensor):
         raise ValueError(f"The file {name} holds a {type(found).__name__}, but an instruction of the released code is one tensor: choose a prompt_embeds_*.pt.")

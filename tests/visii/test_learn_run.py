@@ -6,10 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from palimpsest.attention_patches.pnp import apply_pnp
-from palimpsest.inversion.trajectory import Trajectory
 from palimpsest.tests.helpers import host_nodes
-from palimpsest.tests.helpers.models import tiny_sd15
 from palimpsest.tests.helpers.sampling import ksampler, no_free_memory
 from palimpsest.tests.helpers.visii import WIDTH, random_instruction, random_pairs, tiny_edit, tiny_edit_sdxl
 from palimpsest.visii import learn_run, step
@@ -85,7 +82,7 @@ def test_only_word_positions_move_and_what_comes_out_is_plain(result):
 
 
 def test_the_error_of_a_fixed_set_falls(model):
-    found = learned(model, replace(SETTINGS, steps=20, learning_rate=0.2, choice="validation"))
+    found = learned(model, replace(SETTINGS, steps=10, learning_rate=0.4, choice="validation"))
     assert found.record.checks[0] == (0, pytest.approx(1.0)) and min(value for _, value in found.record.checks) < 0.97
     assert found.record.best_step > 0
 
@@ -297,42 +294,6 @@ def test_validation_set_size(model):
     learned(clone, replace(SETTINGS, steps=1, choice="validation"))
     # the pair of predictions without text once, then one look at the start and one at the end
     assert calls == [2 * VALIDATION, VALIDATION, 2, 1, VALIDATION]
-
-
-@torch.inference_mode()
-def edited(model):
-    path = Trajectory.for_model(model, torch.tensor([0.0, 1.0]), torch.zeros(2, 1, 4, 16, 16), START.conditioning)
-    return apply_pnp(model, path)[0]
-
-
-REFUSED = {
-    "steps": ({"settings": replace(SETTINGS, steps=0)}, "above 0"),
-    "rate": ({"settings": replace(SETTINGS, learning_rate=0.0)}, "above 0"),
-    "rate is nan": ({"settings": replace(SETTINGS, learning_rate=float("nan"))}, "learning_rate is nan"),
-    "weight": ({"settings": replace(SETTINGS, direction_weight=-1.0)}, "direction_weight is -1"),
-    "choice": ({"settings": replace(SETTINGS, choice="best")}, "chosen by one of"),
-    "checkpointing": ({"settings": replace(SETTINGS, checkpointing="maybe")}, "one of auto, on, off"),
-    "encoder": ({"null": (random_instruction(encoder=1).null, {})}, "another text encoder"),
-    "no end": ({"start": START.with_tokens(START.tokens, end=None)}, "does not say which positions"),
-    "no words": ({"start": START.with_tokens(START.tokens, end=1)}, "has no words"),
-    "width": ({"start": random_instruction(width=24)}, "gives 24 values per token, but the model takes 48"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refusals_are_one_sentence(model, name):
-    options, words = REFUSED[name]
-    with pytest.raises(ValueError, match=words) as refused:
-        learned(model, **options)
-    assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("make, words", [(lambda: tiny_sd15(context_dim=WIDTH, channel_mult=(1, 1, 1, 1)), "takes 4, as an ordinary text-to-image model"),
-                                         (lambda: edited(built()), "carries an edit of this pack")])
-def test_other_models_are_refused(make, words):
-    with pytest.raises(ValueError, match=words) as refused:
-        learned(make())
-    assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
 
 
 def test_weights_that_give_nan_are_an_error():
