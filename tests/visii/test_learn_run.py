@@ -6,6 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 
+from palimpsest.instruct_pix2pix.guidance import add_image_guidance
 from palimpsest.tests.helpers import host_nodes
 from palimpsest.tests.helpers.sampling import ksampler, no_free_memory
 from palimpsest.tests.helpers.visii import WIDTH, random_instruction, random_pairs, tiny_edit, tiny_edit_sdxl
@@ -268,6 +269,11 @@ def test_guidance_of_other_nodes_takes_no_part(model, result):
     clone.add_wrapper_with_key("calc_cond_batch", "count", count)
     assert torch.equal(learned(clone).instruction.tokens, result.instruction.tokens)
     assert len(seen) == 2 * STEPS and set(seen) == {3}
+
+
+def test_a_model_with_image_guidance_learns_the_same(model, result):
+    """The image scale is part of the objective here; the patch that adds it to sampling knows a pair by its two lists."""
+    assert torch.equal(learned(add_image_guidance(model, 2.0)).instruction.tokens, result.instruction.tokens)
 
 
 def test_learning_goes_on_from_an_instruction(model, result):
