@@ -37,6 +37,12 @@ SHOWN = {
     "PalimpsestInstructPix2PixCFG": ("mini-instruct_pix2pix", 1, ("input", "edit")),
     "PalimpsestInstructPix2PixConditioning": ("mini-instruct_pix2pix", 1, ("input", "edit")),
     "PalimpsestInstructPix2PixLoader": ("instruct_pix2pix-sd15", 1, ("input", "edit")),
+    "PalimpsestVisiiLearnInstruction": ("mini-visii", 1, ("before", "after", "input", "edit")),
+    "PalimpsestVisiiSaveInstruction": ("mini-visii", 3, ("previews",)),
+    "PalimpsestVisiiLoadInstruction": ("mini-visii-load", 1, ("input", "edit")),
+    "PalimpsestVisiiCombineInstruction": ("mini-visii", 2, ("edit",)),
+    "PalimpsestVisiiBlendInstructions": ("mini-visii-load", 1, ("input", "half", "edit")),
+    "PalimpsestMiniTowers": ("mini-visii", 1, ("before", "after")),
     "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "picture")),
     "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
 }
@@ -44,7 +50,7 @@ SHOWN = {
 TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert", "p2p-sd15": "mini-p2p-swap",
          "p2p_inverted-sd15": "mini-p2p-inverted", "seecoder-sd15": "mini-seecoder", "seecoder_controlnet-sd15": "mini-seecoder-controlnet",
          "mrsa-sd15": "mini-mrsa-two_concepts", "mrsa_controlnet-sd15": "mini-mrsa-controlnet",
-         "instruct_pix2pix-sd15": "mini-instruct_pix2pix"}
+         "instruct_pix2pix-sd15": "mini-instruct_pix2pix", "visii-sd15": "mini-visii"}
 CELL, GAP, QUALITY = 256, 8, 88
 THUMBNAIL = 400
 

@@ -15,7 +15,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 UNET_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "text_encoder."
 
 
-PARTS = ("autoencoder", "seecoder", "controlnet", "strips")  # not models by themselves
+PARTS = ("autoencoder", "seecoder", "controlnet", "strips", "towers")  # not models by themselves
 
 
 def names() -> list[str]:

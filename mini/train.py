@@ -109,9 +109,25 @@ def train_instruct_pix2pix(folder: Path, args, device) -> None:
     write_weights(args.output or WEIGHTS / "instruct_pix2pix.safetensors", state, metadata)
 
 
+def train_towers(folder: Path, args, device) -> None:
+    """The image and text towers, on the shipped edit model's text encoder."""
+    from . import train_towers as recipe
+    from .instructions import vocabulary
+    from .nets import new_text_encoder
+    from .towers import FILE
+
+    weights, tokens = read_weights(WEIGHTS / "instruct_pix2pix.safetensors")[0], GrammarTokens(vocabulary())
+    if weights["token_ids"].tolist() != tokens.ids:
+        raise ValueError("The mini edit model was trained with other words than the grammar has now: run `python dev.py train instruct_pix2pix` first.")
+    text = new_text_encoder(tokens.unknown + 1)
+    text.load_state_dict({key[len(TEXT_PREFIX):]: value for key, value in weights.items() if key.startswith(TEXT_PREFIX)}, strict=False)
+    state, metadata = recipe.train(folder, args.minutes, device, text, tokens, args.seed)
+    write_weights(args.output or WEIGHTS / FILE, state, metadata)
+
+
 MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image, "seecoder_backbone": train_seecoder_backbone,
            "seecoder": train_seecoder, "controlnet": train_controlnet,
-           "strips": train_strips, "instruct_pix2pix": train_instruct_pix2pix}
+           "strips": train_strips, "instruct_pix2pix": train_instruct_pix2pix, "towers": train_towers}
 
 
 def main(argv: list[str]) -> int:
