@@ -1,20 +1,22 @@
 """InstructPix2Pix on the mini edit model: is the instruction followed, and does everything else stay?
 
-200 held-out triples, all kinds of edit alike, at image scale 1.5 and the text scale of the sample graph. followed: fraction of pictures in which the edit is
-there; for a new object its shape, color, size and place. unchanged: fraction in which every other attribute of every object, background, style and the
-number of objects are read as in the edited scene. Objects are plain, which the mini family draws well; .patterned: 100 triples of objects with
-patterns. .by_edit: per kind. .text_scale_7_5: 100 of the triples at the published text scale. .sweep: 100 of them over image scales 1.0 to 2.2, the trade-off of the
-paper's figure 8, which `plot` draws.
+200 held-out triples, all kinds of edit alike, at image scale 1.5 and the text scale of the sample graph. followed: fraction of pictures in which the
+edit is there; for a new object its shape, color, size and place, for a new pattern its color as well. unchanged: fraction in which every other attribute
+of every object, background, style and the number of objects are read as in the edited scene. Objects are plain before the edit, as the mini family
+draws patterns badly; .patterned: 100 triples of any objects, edits of second colors among them. .by_edit: per kind. .text_scale_7_5: 100 of the triples
+at the published text scale. .sweep: 100 of them over image scales 1.0 to 2.2, the trade-off of the paper's figure 8, which `plot` draws.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from ...mini.instructions import KINDS, Triple, triple
+from ...mini.instructions import KINDS, PLAIN_KINDS, Triple, triple
 from ...mini.metrics import OBJECT_ATTRIBUTES, match_objects, shows
 from ...mini.reader import Reading, read
+from .. import tradeoff
 from ..scoring import HELD_OUT, Mini, batches, pictures, rate, span
 
 QUICK_LIMITS: dict[str, float] = {}
@@ -22,9 +24,10 @@ COUNT, FEWER, OFFSET = 200, 100, 600_000  # seeds of this and other scores never
 STEPS, SCHEDULER = 20, "normal"
 TEXT_SCALE, PUBLISHED_TEXT_SCALE, IMAGE_SCALE = 4.0, 7.5, 1.5
 SWEEP = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
-CHANGES = {"color": ("color",), "pattern": ("pattern", "color2"), "shape": ("shape",), "move": ("place",), "size": ("size",), "background": (), "style": (), "remove": (),
-           "add": OBJECT_ATTRIBUTES}
-ASKED = {"pattern": ("pattern",), "add": ("shape", "color", "size", "place")}
+PICTURE = Path(__file__).resolve().parents[2] / "web" / "docs" / "pictures" / "instruct-pix2pix-tradeoff.png"
+CHANGES = {"color": ("color",), "color2": ("color2",), "pattern": ("pattern", "color2"), "shape": ("shape",), "move": ("place",), "size": ("size",),
+           "background": (), "style": (), "remove": (), "add": OBJECT_ATTRIBUTES}  # of the object that the instruction is about
+ASKED = {"add": ("shape", "color", "size", "place")}
 
 
 def followed(found: Triple, reading: Reading) -> bool:
@@ -75,19 +78,21 @@ class Found:
 
 
 def triples(first: int, count: int, plain: bool = True) -> list[Triple]:
-    """Triples of these seeds, the kinds in turn."""
-    return [triple(seed, KINDS[seed % len(KINDS)], plain) for seed in range(first, first + count)]
+    """Triples of these seeds, the kinds in turn; plain objects have no second color to edit."""
+    kinds = PLAIN_KINDS if plain else KINDS
+    return [triple(seed, kinds[seed % len(kinds)], plain) for seed in range(first, first + count)]
 
 
 @torch.inference_mode()
 def edited_pictures(mini: Mini, found: list[Triple], seeds: list[int], text_scale: float = TEXT_SCALE, image_scale: float = IMAGE_SCALE) -> torch.Tensor:
     """Pictures [B, 128, 128, 3] of one batch of triples, through the node's own guidance and the stock sampler."""
-    from ...instruct_pix2pix.guidance import guide
+    from ...instruct_pix2pix.guidance import add_image_guidance
 
     picture = mini.encode(pictures([one.before for one in found]))["samples"]
-    positive, negative = ([[states, {**extra, "concat_latent_image": picture}]] for (states, extra), in (mini.prompts([one.instruction for one in found]), mini.prompts([""] * len(found))))
-    samples = mini.sample(guide(mini.model, image_scale), positive, torch.zeros_like(picture), seeds, steps=STEPS, cfg=text_scale, scheduler=SCHEDULER, negative=negative)
-    return mini.decode(samples)
+    (positive,), (negative,) = mini.prompts([one.instruction for one in found]), mini.prompts([""] * len(found))
+    positive, negative = ([[states, {**extra, "concat_latent_image": picture}]] for states, extra in (positive, negative))
+    model = add_image_guidance(mini.model, image_scale)
+    return mini.decode(mini.sample(model, positive, torch.zeros_like(picture), seeds, steps=STEPS, cfg=text_scale, scheduler=SCHEDULER, negative=negative))
 
 
 def judge(mini: Mini, found: list[Triple], first: int, text_scale: float = TEXT_SCALE, image_scale: float = IMAGE_SCALE) -> Found:
@@ -100,6 +105,10 @@ def judge(mini: Mini, found: list[Triple], first: int, text_scale: float = TEXT_
     return result
 
 
+def scale_key(scale: float) -> str:
+    return f"image_scale_{scale:g}".replace(".", "_")
+
+
 def score(quick: bool) -> dict:
     """Figures of this module (see its docstring for the keys)."""
     mini, first = Mini("instruct_pix2pix"), HELD_OUT + OFFSET
@@ -108,7 +117,21 @@ def score(quick: bool) -> dict:
     leaves = judge(mini, plain, first).leaves(span(first, count), by_edit=True)
     print(f"  plain: followed {leaves['followed']['value']:.2f}, unchanged {leaves['unchanged']['value']:.2f} of {count}", flush=True)
     few = span(first, fewer)
-    leaves["patterned"] = judge(mini, triples(first, fewer, plain=False), first).leaves(few)
+    leaves["patterned"] = judge(mini, triples(first, fewer, plain=False), first).leaves(few, by_edit=True)
     leaves["text_scale_7_5"] = judge(mini, plain[:fewer], first, PUBLISHED_TEXT_SCALE).leaves(few)
-    leaves["sweep"] = {f"image_scale_{scale:g}".replace(".", "_"): judge(mini, plain[:fewer], first, image_scale=scale).leaves(few) for scale in (SWEEP[:1] if quick else SWEEP)}
+    leaves["sweep"] = {scale_key(scale): judge(mini, plain[:fewer], first, image_scale=scale).leaves(few) for scale in (SWEEP[:1] if quick else SWEEP)}
     return {"instruct_pix2pix": leaves}
+
+
+def curves(figures: dict) -> dict[str, list[tuple[str, float, float]]]:
+    """Points (label, unchanged, followed) of a score's figures, the whole scores.json: over image scales, and at the published text scale."""
+    mine = figures.get("instruct_pix2pix", {})
+    swept = [(f"{scale:g}", mine.get("sweep", {}).get(scale_key(scale))) for scale in SWEEP]
+    groups = {f"text scale {TEXT_SCALE:g}, image scale {SWEEP[0]:g} to {SWEEP[-1]:g}": swept,
+              f"text scale {PUBLISHED_TEXT_SCALE:g}": [(f"{IMAGE_SCALE:g}", mine.get("text_scale_7_5"))]}
+    return {name: [(label, leaves["unchanged"]["value"], leaves["followed"]["value"]) for label, leaves in group if leaves] for name, group in groups.items()}
+
+
+def plot(figures: dict, path: Path = PICTURE) -> None:
+    """Draw the trade-off of the paper's figure 8 from scores.json's figures. Raises ValueError where they hold no sweep."""
+    tradeoff.write(path, curves(figures), "everything else unchanged, fraction of pictures", "instruction followed, fraction of pictures")

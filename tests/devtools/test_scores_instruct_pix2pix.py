@@ -4,7 +4,7 @@ import pytest
 
 from palimpsest.devtools.scores import instruct_pix2pix as score, mrsa
 from palimpsest.devtools.scoring import HELD_OUT, VALIDATION, pictures
-from palimpsest.mini.instructions import KINDS, triple
+from palimpsest.mini.instructions import KINDS, PLAIN_KINDS, triple
 from palimpsest.mini.reader import read
 from palimpsest.mini.scenes import BACKGROUNDS, COLORS, edited
 
@@ -43,13 +43,34 @@ def test_what_was_not_asked_for_is_seen(kind):
 
 def test_leaves_carry_the_keys_and_the_kinds_take_turns():
     found = score.triples(0, 18)
-    assert [one.kind for one in found] == list(KINDS) * 2
+    assert [one.kind for one in found] == list(PLAIN_KINDS) * 2
+    assert {one.kind for one in score.triples(0, 10, plain=False)} == set(KINDS)
     result = score.Found()
     for one in found:
         result.add(one, drawn(one.after))
     leaves = result.leaves("0..17", by_edit=True)
-    assert leaves["followed"]["n"] == 18 and leaves["followed"]["value"] >= 0.9 and set(leaves["by_edit"]) == set(KINDS) and leaves["by_edit"]["add"]["unchanged"]["n"] == 2
+    assert leaves["followed"]["n"] == 18 and leaves["followed"]["value"] >= 0.9 and set(leaves["by_edit"]) == set(PLAIN_KINDS) and leaves["by_edit"]["add"]["unchanged"]["n"] == 2
 
 
 def test_no_seed_of_another_score_is_used():
     assert score.OFFSET >= mrsa.OFFSET + 100 * mrsa.APART and HELD_OUT + score.OFFSET + score.COUNT < VALIDATION
+
+
+def leaf(value):
+    return {"value": value, "n": 1, "seeds": "0", "versions": {}}
+
+
+def test_the_trade_off_is_drawn_from_the_sweep(tmp_path):
+    swept = {score.scale_key(scale): {"followed": leaf(1 - 0.1 * i), "unchanged": leaf(0.3 + 0.1 * i)} for i, scale in enumerate(score.SWEEP)}
+    figures = {"instruct_pix2pix": {"sweep": swept, "text_scale_7_5": {"followed": leaf(0.9), "unchanged": leaf(0.2)}}}
+    over_scales, published = score.curves(figures).values()
+    assert over_scales[0] == ("1", 0.3, 1.0) and [label for label, _, _ in over_scales] == ["1", "1.2", "1.4", "1.6", "1.8", "2", "2.2"]
+    assert published == [("1.5", 0.2, 0.9)]
+    score.plot(figures, tmp_path / "pictures" / "curve.png")
+    assert (tmp_path / "pictures" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_sweep_nothing_is_drawn(tmp_path):
+    with pytest.raises(ValueError, match="has no sweep: run the full score"):
+        score.plot({}, tmp_path / "curve.png")
+    assert not list(tmp_path.iterdir())

@@ -6,14 +6,15 @@ from dataclasses import fields
 import pytest
 
 from palimpsest.mini.captions import NO_SHAPE, PLACE_WORDS, SHAPE_WORDS, SIZE_WORDS
-from palimpsest.mini.instructions import KINDS, call, triple, vocabulary
-from palimpsest.mini.scenes import SIZE, apart, bounds
+from palimpsest.mini.instructions import KINDS, PLAIN_KINDS, call, hue, triple, vocabulary
+from palimpsest.mini.scenes import BACKGROUNDS, COLORS, PLACES, SIZE, SIZES, apart, bounds, nearest_color
 from palimpsest.mini.tokens import GrammarTokens
 
 TRIPLES = {kind: [triple(seed, kind) for seed in range(60)] for kind in KINDS}
 ALL = [found for triples in TRIPLES.values() for found in triples]
 # what an edit of a kind may change of its object
-MAY = {"color": {"color", "rgb"}, "pattern": {"pattern", "color2"}, "shape": {"shape"}, "move": {"place", "cx", "cy"}, "size": {"size", "radius", "cx", "cy"}}
+MAY = {"color": {"color", "rgb"}, "color2": {"color2", "rgb2"}, "pattern": {"pattern", "color2", "rgb2"}, "shape": {"shape", "tilt"},
+       "move": {"place", "cx", "cy"}, "size": {"size", "radius", "cx", "cy"}}
 
 
 def differences(a, b):
@@ -22,7 +23,7 @@ def differences(a, b):
 
 def test_a_seed_gives_its_triple():
     assert triple(5) == triple(5) != triple(6)
-    assert {triple(seed).kind for seed in range(80)} == set(KINDS)
+    assert {triple(seed).kind for seed in range(300)} == set(KINDS)
 
 
 @pytest.mark.parametrize("kind", MAY)
@@ -52,6 +53,31 @@ def test_the_new_value_is_in_the_words():
     assert all(found.after.background in found.instruction for found in TRIPLES["background"])
     places = {place: [word.split(" the ")[1] for word in words] for place, words in PLACE_WORDS.items()}
     assert all(any(found.instruction.endswith(word) for word in places[found.after.objects[found.index].place]) for found in TRIPLES["move"])
+
+
+def test_what_changes_takes_the_middle_of_its_word():
+    """One right answer per picture and instruction: nothing of the edit is left to chance."""
+    assert all(nearest_color(hue(name)) == name for name in COLORS)
+    assert all(found.after.objects[found.index].rgb == hue(found.after.objects[found.index].color) for kind in ("color", "add") for found in TRIPLES[kind])
+    assert all(found.after.objects[found.index].rgb2 == hue(found.after.objects[found.index].color2) for found in TRIPLES["color2"])
+    assert all(found.after.background_rgb == BACKGROUNDS[found.after.background] for found in TRIPLES["background"])
+    assert all(found.after.objects[found.index].radius == sum(SIZES[found.after.objects[found.index].size]) / 2 for kind in ("size", "add") for found in TRIPLES[kind])
+    for kind in ("move", "add"):
+        for found in TRIPLES[kind]:
+            obj = found.after.objects[found.index]
+            assert abs(obj.cx - PLACES[obj.place][0]) < 5 and abs(obj.cy - PLACES[obj.place][1]) < 5
+
+
+def test_only_a_plain_circle_is_turned_when_its_shape_changes():
+    for found in TRIPLES["shape"]:
+        old, new = found.before.objects[found.index], found.after.objects[found.index]
+        assert new.tilt == (0.0 if old.shape == "circle" and old.pattern == "plain" else old.tilt)
+
+
+def test_a_second_color_is_asked_for_where_there_is_one():
+    assert all(found.before.objects[found.index].pattern != "plain" and found.after.objects[found.index].color2 in found.instruction.split() for found in TRIPLES["color2"])
+    assert "color2" not in {triple(seed, plain=True).kind for seed in range(80)} and set(PLAIN_KINDS) < set(KINDS)
+    assert triple(3, "color2", plain=True).kind == "color2", "a kind that was asked for goes first"
 
 
 def test_every_picture_fits_and_no_two_objects_touch():

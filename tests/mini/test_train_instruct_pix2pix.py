@@ -52,6 +52,24 @@ def test_pairs_are_the_triples_before_and_after(tmp_path):
     assert torch.equal(recipe.precompute(tmp_path, net, 3), latents), "read from the folder"
 
 
+def test_another_grammar_draws_its_pairs_anew(tmp_path, monkeypatch):
+    net = autoencoder.Autoencoder().eval()
+    recipe.precompute(tmp_path, net, 2)
+    monkeypatch.setattr(recipe, "triple", lambda seed: triple(seed + 1000))
+    recipe.precompute(tmp_path, net, 2)
+    assert len(list(tmp_path.glob("pairs-2-*.safetensors"))) == 2
+
+
+def test_cells_of_objects_count_more_in_either_picture():
+    before, after = torch.full((2, 4, 16, 16), 0.5), torch.full((2, 4, 16, 16), -0.5)
+    before[0, 1, 4:6, 4:6], after[1, 3, 8, 8:12] = 1.5, 0.5
+    weights = recipe.cell_weights(before, after)
+    assert weights.shape == (2, 1, 16, 16) and weights.mean() == pytest.approx(1)
+    heavy = weights[0, 0, 4, 4]
+    assert heavy / weights[0, 0, 0, 0] == pytest.approx(recipe.OBJECTS)
+    assert (weights[0, 0, 4:6, 4:6] == heavy).all() and (weights[1, 0, 8, 8:12] == heavy).all() and (weights == heavy).sum() == 8
+
+
 @pytest.mark.slow
 def test_what_is_trained_loads_as_an_edit_model(base, tmp_path, monkeypatch):
     storage.write_weights(tmp_path / "text_to_image.safetensors", base, {})
