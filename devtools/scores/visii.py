@@ -52,8 +52,8 @@ class Edit:
 
     @property
     def start(self) -> str:
-        """What learning starts from: a caption of the picture after, all of it."""
-        return caption(self.pair.after, self.seed, 1.0)[0]
+        """What learning starts from: a caption of the picture after that names what was edited. Few words leave little room to learn the pair by heart."""
+        return caption(self.pair.after, self.seed, 0.0, (self.kind,))[0]
 
 
 def written(kind: str, value: str) -> str:

