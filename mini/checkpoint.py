@@ -131,6 +131,7 @@ def load(name: str):
     model, clip, vae = found
     return model, clip, vae
 
+
 def with_lora(model, strength: float):
     """A clone of a mini MODEL with the shipped LoRA "strips" at `strength`, through the host's own loader.
 
@@ -147,8 +148,8 @@ def with_lora(model, strength: float):
         if target is not None and kind == "diff_b":
             target = target.removesuffix(".weight") + ".bias"
         if target not in shapes or shapes[target].shape != difference.shape:
-            kind = type(model.model).__name__
-            raise ValueError(f"The mini LoRA fits the UNet of Mini Checkpoint only, but the connected model is a {kind} of other layers or widths: connect Mini Checkpoint.")
+            strange = type(model.model).__name__
+            raise ValueError(f"The mini LoRA fits the UNet of Mini Checkpoint only, but the connected model is a {strange} of other layers or widths: connect Mini Checkpoint.")
     return comfy.sd.load_lora_for_models(model, None, weights, strength, 0.0)[0]
 
 
