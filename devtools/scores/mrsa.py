@@ -10,7 +10,8 @@ marks either color comes first). .one_concept: the same for single objects. .det
 mrsa: the rule of the authors' code; mrsa_paper_rule: the paper's formula, at the weight that serves it best; prompt_only: the same prompt and noise without
 references; prompt_naming_all: without references, but with a prompt that names colors and patterns too, which is what the mini model can draw at best. All four
 with the LoRA "strips" (see mini/train_strips.py), which teaches the mini model what photographs teach others: to look at one thing while it draws another of
-its kind. It was trained with attention to whole references, without masks, weights and rules, and with a loss on where to look. mrsa_bare, mrsa_paper_rule_bare: without that LoRA, each with the settings that served it best.
+its kind. It was trained with attention to whole references, without masks, weights and rules, and with a loss on where to look.
+mrsa_bare, mrsa_paper_rule_bare: without that LoRA, each with the settings that served it best.
 """
 from __future__ import annotations
 
