@@ -34,6 +34,19 @@ def set_wrapper(model, wrapper_type: str, wrapper: Callable) -> None:
     model.wrappers.setdefault(wrapper_type, {})[KEY] = [wrapper]
 
 
+def set_wrapper_outside(model, wrapper_type: str, key: str, wrapper: Callable | None) -> None:
+    """Put the only wrapper under another key of ours on `model` (a fresh clone) around those of edits, whichever node comes first; None takes it away."""
+    table = model.wrappers.setdefault(wrapper_type, {})
+    others = {name: list(wrappers) for name, wrappers in table.items() if name != key}
+    table.clear()
+    for name, wrappers in others.items():
+        if name == KEY and wrapper is not None:
+            table[key] = [wrapper]
+        table[name] = wrappers
+    if wrapper is not None:
+        table.setdefault(key, [wrapper])
+
+
 def set_callback(model, callback_type: str, callback: Callable) -> None:
     """The same for callbacks."""
     model.callbacks.setdefault(callback_type, {})[KEY] = [callback]

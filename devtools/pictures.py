@@ -34,13 +34,23 @@ SHOWN = {
     "PalimpsestConceptMaskSAM": ("mrsa-sd15", 3, ("mask",)),
     "PalimpsestConceptAttentionPreview": ("mini-mrsa-two_concepts", 3, ("where each concept is looked at",)),
     "PalimpsestMiniLora": ("mini-mrsa-two_concepts", 1, ("concept a", "concept b", "edit")),
+    "PalimpsestInstructPix2PixCFG": ("mini-instruct_pix2pix", 1, ("input", "edit")),
+    "PalimpsestInstructPix2PixConditioning": ("mini-instruct_pix2pix", 1, ("input", "edit")),
+    "PalimpsestInstructPix2PixLoader": ("instruct_pix2pix-sd15", 1, ("input", "edit")),
+    "PalimpsestVisiiLearnInstruction": ("mini-visii", 1, ("before", "after", "input", "edit")),
+    "PalimpsestVisiiSaveInstruction": ("mini-visii", 3, ("previews",)),
+    "PalimpsestVisiiLoadInstruction": ("mini-visii-load", 1, ("input", "edit")),
+    "PalimpsestVisiiCombineInstruction": ("mini-visii", 2, ("edit",)),
+    "PalimpsestVisiiBlendInstructions": ("mini-visii-load", 1, ("input", "half", "edit")),
+    "PalimpsestMiniTowers": ("mini-visii", 1, ("before", "after")),
     "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "picture")),
     "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
 }
 # A graph on a checkpoint that nobody here has shows the pictures of its twin on the mini checkpoint.
 TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert", "p2p-sd15": "mini-p2p-swap",
          "p2p_inverted-sd15": "mini-p2p-inverted", "seecoder-sd15": "mini-seecoder", "seecoder_controlnet-sd15": "mini-seecoder-controlnet",
-         "mrsa-sd15": "mini-mrsa-two_concepts", "mrsa_controlnet-sd15": "mini-mrsa-controlnet"}
+         "mrsa-sd15": "mini-mrsa-two_concepts", "mrsa_controlnet-sd15": "mini-mrsa-controlnet",
+         "instruct_pix2pix-sd15": "mini-instruct_pix2pix", "visii-sd15": "mini-visii"}
 CELL, GAP, QUALITY = 256, 8, 88
 THUMBNAIL = 400
 

@@ -1,7 +1,8 @@
 """`dev.py score [NAME ...]`: quality on the mini models, merged into mini/scores.json.
 
 Every module devtools/scores/NAME.py offers `score(quick: bool) -> dict` (nested figures, see figures.py) and may offer
-`QUICK_LIMITS = {"pnp.edit_success": 0.4}`: with --quick a figure below its limit fails the command. Quick figures go to
+`QUICK_LIMITS = {"pnp.edit_success": 0.4}`: with --quick a figure below its limit fails the command; and `plot(figures)`,
+which draws the committed figures after a full run. Quick figures go to
 output/, never into the committed file.
 """
 import argparse
@@ -60,7 +61,10 @@ def main(argv: list[str]) -> int:
         if options.quick:
             missed += below_limits(module, found)
         # after each, so that hours of scoring survive a stop
-        figures.write(target, figures.merge(figures.read(target), found))
+        merged = figures.merge(figures.read(target), found)
+        figures.write(target, merged)
+        if not options.quick and hasattr(module, "plot"):
+            module.plot(merged)
     if not options.quick:
         readme.update()
     for sentence in missed:

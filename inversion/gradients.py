@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 KEPT = {"SD1.x": 350, "SD2.x": 350, "SDXL": 620, "SDXL Refiner": 620}
 KEPT_CHECKPOINTED = {"SD1.x": 110, "SD2.x": 110, "SDXL": 80, "SDXL Refiner": 80}
 OUTSIDE = 1 / 8  # share of the weights, at most, that lies outside the blocks which checkpointing computes again
+CHECKPOINTING = ("auto", "on", "off")
+SPARE = 1.1  # what is wanted free above the estimate
+SHARE = 0.9  # of a device's memory that weights and gradients may fill
 
 
 def ordinary(tensor: Tensor) -> Tensor:
@@ -30,7 +34,7 @@ def ordinary(tensor: Tensor) -> Tensor:
     """
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         raise ValueError(
-            f"Null-Text Optimize needs gradients, but the connected model holds quantised weights ({type(tensor).__name__}): "
+            f"Training a prompt needs gradients, but the connected model holds quantised weights ({type(tensor).__name__}): "
             "load the checkpoint in fp32, fp16, bf16 or plain fp8."
         )
     if not tensor.is_inference():
@@ -141,3 +145,39 @@ def memory_needed(model, architecture: str, shape: tuple[int, ...], checkpointin
     rows, _, height, width = shape
     casts = sum(4 * tensor.numel() for tensor in unet.parameters() if tensor.dtype != torch.float32)
     return 4.0 * rows * height * width * unet.model_channels * kept + casts * (OUTSIDE if checkpointing else 1.0)
+
+
+def room_needed(model, architecture: str, shape: tuple[int, ...], checkpointing: str) -> float:
+    """Bytes the host is to keep free beside the weights for `memory_needed`; "auto" asks for all of it where that fits at all."""
+    import comfy.model_management
+
+    full, little = (memory_needed(model, architecture, shape, on) for on in (False, True))
+    fits = model.model_size() + full * SPARE < SHARE * comfy.model_management.get_total_memory(model.load_device)
+    return full if checkpointing == "off" or (checkpointing == "auto" and fits) else little
+
+
+def with_room(model, needed: float, key: str):
+    """A clone of `model` for which the host keeps `needed` bytes free beside the weights. key: of the wrapper that asks for it."""
+    from comfy.patcher_extension import WrappersMP
+
+    def prepare(executor, patcher, noise_shape, conds, *args, **kwargs):
+        one = patcher.memory_required([1, *noise_shape[1:]])
+        rows = max(noise_shape[0], math.ceil(needed / one))
+        return executor(patcher, [rows, *noise_shape[1:]], conds, *args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, prepare)
+    return clone
+
+
+def tries(checkpointing: str, needed: float, device) -> list[bool]:
+    """With or without checkpointing, in the order to be tried. needed: bytes without, see `memory_needed`.
+
+    "auto" begins without where there is room, and goes on with it when memory runs out all the same.
+    """
+    import comfy.model_management
+
+    if checkpointing != "auto":
+        return [checkpointing == "on"]
+    tight = comfy.model_management.get_free_memory(device) < needed * SPARE
+    return [True] if tight else [False, True]

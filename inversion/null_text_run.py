@@ -18,20 +18,16 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .checks import check_conditioning
-from .gradients import differentiable_options, memory_needed, private_model
+from .gradients import CHECKPOINTING, differentiable_options, memory_needed, private_model, room_needed, tries, with_room
 from .null_text import Branch, NullStep, Settings, optimise
 from .ranges import step_ranges
 from .trajectory import Trajectory, start_latent
 
 REFUSED = {"area": "an area", "mask": "a mask", "hooks": "hooks (a LoRA or weights of its own)", "gligen": "GLIGEN boxes"}
-CHECKPOINTING = ("auto", "on", "off")
-SPARE = 1.1  # what is wanted free above the estimate
-SHARE = 0.9  # of a device's memory that weights and gradients may fill
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ class _Training(comfy.samplers.Sampler):
             for step in self._steps(branch, noise.device, plain):
                 self.before.append(step)
                 self._show(step.index, step.denoised)
-            for checkpointing in self._tries(noise.device):
+            for checkpointing in tries(self.settings.checkpointing, self.needed, noise.device):
                 self.checkpointing, self.steps = checkpointing, []
                 try:
                     self._train(model_wrap, options, noise.device, disable_pbar)
@@ -128,12 +124,6 @@ class _Training(comfy.samplers.Sampler):
                 # here, where the failed attempt's tensors are gone
                 comfy.model_management.soft_empty_cache()
         return self.steps[-1].latent.to(noise.device)
-
-    def _tries(self, device) -> list[bool]:
-        if self.settings.checkpointing != "auto":
-            return [self.settings.checkpointing == "on"]
-        tight = comfy.model_management.get_free_memory(device) < self.needed * SPARE
-        return [True] if tight else [False, True]
 
     def _train(self, guider, options: dict, device, disable_pbar: bool) -> None:
         branch = self._branch(guider, private_model(guider.inner_model, self.checkpointing), options)
@@ -195,19 +185,6 @@ def total_calls(trajectory: Trajectory, settings: Settings) -> int:
     return trajectory.steps * (1 + settings.inner_steps)
 
 
-def _with_room(model, needed: float):
-    """A clone of `model` for which the host keeps `needed` bytes free beside the weights."""
-
-    def prepare(executor, patcher, noise_shape, conds, *args, **kwargs):
-        one = patcher.memory_required([1, *noise_shape[1:]])
-        rows = max(noise_shape[0], math.ceil(needed / one))
-        return executor(patcher, [rows, *noise_shape[1:]], conds, *args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "palimpsest_null_text", prepare)
-    return clone
-
-
 @torch.no_grad()
 def run_null_text(
     model, trajectory: Trajectory, negative: list, positive: list | None = None, settings: Settings | None = None, say: Callable[[str], None] | None = None
@@ -238,11 +215,9 @@ def run_null_text(
     with torch.inference_mode(False):
         tokens = negative[0][0].detach().to("cpu", torch.float32, copy=True).expand(len(start), -1, -1)
     options = {key: value for key, value in negative[0][1].items() if key not in ("start_percent", "end_percent")}
-    shape, device = tuple(start.shape), model.load_device
-    full, little = (memory_needed(model, trajectory.architecture, shape, checkpointing) for checkpointing in (False, True))
-    fits = model.model_size() + full * SPARE < SHARE * comfy.model_management.get_total_memory(device)
-    room = full if settings.checkpointing == "off" or (settings.checkpointing == "auto" and fits) else little
-    guider = comfy.samplers.CFGGuider(_with_room(model, room))
+    shape = tuple(start.shape)
+    full, room = memory_needed(model, trajectory.architecture, shape, False), room_needed(model, trajectory.architecture, shape, settings.checkpointing)
+    guider = comfy.samplers.CFGGuider(with_room(model, room, "palimpsest_null_text"))
     guider.inner_set_conds({"positive": positive, "negative": [[tokens, options]]})
     guider.set_cfg(settings.guidance)
     show = latent_preview.prepare_callback(model, total_calls(trajectory, settings))

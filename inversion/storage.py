@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import uuid
 from numbers import Real
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 
+from ..common.files import write_tensors
 from .fingerprint import decode
 from .trajectory import Trajectory
 
@@ -108,27 +107,14 @@ def save_trajectory(trajectory: Trajectory, path: str, extra_metadata: dict[str,
         "conditioning": json.dumps(entries),
         "left_out": json.dumps(skipped),
     }
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     try:
-        os.makedirs(folder, exist_ok=True)
-        # clones: safetensors refuses tensors that share memory, and conditioning entries often do
-        data = save({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, metadata=metadata)
-        # not safetensors' save_file or tempfile: theirs are readable by their owner only, and another worker may be another user
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_tensors(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"The trajectory could not be written to {os.path.basename(path)} ({_reason(error)}): check the folder and the free space.") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        raise ValueError(f"The trajectory could not be written to {os.path.basename(path)} ({reason(error)}): check the folder and the free space.") from error
     return skipped
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What an exception says is wrong, without the full path or the remedy that some messages carry."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -194,4 +180,4 @@ def load_trajectory(path: str) -> Trajectory:
             noise_mask=tensors.get("noise_mask"),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"The trajectory in {name} is damaged ({_reason(error)}): save it again.") from error
+        raise ValueError(f"The trajectory in {name} is damaged ({reason(error)}): save it again.") from error

@@ -15,7 +15,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 UNET_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "text_encoder."
 
 
-PARTS = ("autoencoder", "seecoder", "controlnet", "strips")  # not models by themselves
+PARTS = ("autoencoder", "seecoder", "controlnet", "strips", "towers")  # not models by themselves
 
 
 def names() -> list[str]:
@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 
 def load_model(weights: dict[str, torch.Tensor]):
-    """The UNet as a ModelPatcher of the host's SD1.x class, with dtype and devices chosen by the host.
+    """The UNet as a ModelPatcher of the host's SD1.x class (its InstructPix2Pix class where it has 8 input channels), with dtype and devices chosen by the host.
 
     weights: state dict whose keys start with `model.diffusion_model.`, as in any SD1.x checkpoint; floats, any dtype.
     Raises KeyError where it holds no UNet and RuntimeError where shapes do not fit.
@@ -35,7 +35,8 @@ def load_model(weights: dict[str, torch.Tensor]):
 
     parameters = sum(v.numel() for k, v in weights.items() if k.startswith(UNET_PREFIX))
     in_channels = weights[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1]
-    config = comfy.supported_models.SD15(unet_config(context=CONTEXT, in_channels=in_channels))
+    kind = comfy.supported_models.SD15_instructpix2pix if in_channels == 8 else comfy.supported_models.SD15
+    config = kind(unet_config(context=CONTEXT, in_channels=in_channels))
     load_device = mm.get_torch_device()
     dtype = mm.unet_dtype(model_params=parameters, supported_dtypes=config.supported_inference_dtypes)
     config.set_inference_dtype(dtype, mm.unet_manual_cast(dtype, load_device, config.supported_inference_dtypes))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 WARMUP = 200  # steps
 COOLDOWN = 0.35  # fraction of the minutes asked for
 SAVE_EVERY = 300.0  # seconds
+PAUSE = 60.0  # seconds without a step after which the process was suspended, not slow
 
 
 class Trainer:
@@ -45,7 +46,7 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.step = self.images = self.reported_images = 0
         self.seed, self.seconds = seed, 60.0 * minutes
-        self.start = self.reported = time.monotonic()
+        self.start = self.reported = self.stepped = time.monotonic()
         self.losses: list[float] = []
         self.loss = float("nan")  # mean over the last line of the curve
         self.lines = 0  # of the curve that belong to this run
@@ -120,8 +121,17 @@ class Trainer:
         """Fraction of this call's minutes that is used up, above 1 at the end."""
         return (time.monotonic() - self.start) / self.seconds
 
+    def _skip_pause(self) -> None:
+        """Time in which the process was suspended (Ctrl-Z, say) does not use up its minutes."""
+        now = time.monotonic()
+        if now - self.stepped > PAUSE:
+            self.start += now - self.stepped
+            self.reported += now - self.stepped
+        self.stepped = now
+
     def update(self, loss: torch.Tensor, images: int) -> bool:
         """Back-propagate `loss`, step, average; False once the minutes are used up."""
+        self._skip_pause()
         progress = self.progress
         cooling = progress >= 1 - COOLDOWN
         if self.step and not self.cooling and (cooling or time.monotonic() - self.saved > SAVE_EVERY):

@@ -5,6 +5,8 @@ The text encoder stores embeddings for these tokens only; every other token shar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from .captions import vocabulary
@@ -16,15 +18,15 @@ LENGTH = 77
 class GrammarTokens:
     """CLIP ids of the grammar and back.
 
-    ids: the CLIP token ids that own an embedding, ascending. `unknown` is the compact index of the shared vector.
+    ids: the CLIP token ids that own an embedding, ascending. `unknown` is the compact index of the shared vector. more: words beside those of captions.
     """
 
-    def __init__(self):
+    def __init__(self, more: Iterable[str] = ()):
         import comfy.sd1_clip
 
         tokenizer = comfy.sd1_clip.SD1Tokenizer()
         self.words = {}
-        for word in vocabulary():
+        for word in (*vocabulary(), *more):
             row = [pair[0] for pair in tokenizer.tokenize_with_weights(word)["l"][0]]
             self.words[word] = row[1:row.index(END)]
         self.ids = sorted({START, END}.union(*self.words.values()))

@@ -100,8 +100,34 @@ def train_strips(folder: Path, args, device) -> None:
     write_weights(args.output or WEIGHTS / "strips.safetensors", state, metadata)
 
 
+def train_instruct_pix2pix(folder: Path, args, device) -> None:
+    """The mini edit model, from the shipped text-to-image model or (--from-shipped) from its own weights."""
+    from . import train_instruct_pix2pix as recipe
+
+    file = WEIGHTS / f"{'instruct_pix2pix' if args.from_shipped else 'text_to_image'}.safetensors"
+    state, metadata = recipe.train(folder, args.minutes, device, read_weights(file)[0], shipped_autoencoder(), args.seed, resume=not args.from_shipped, compiled=args.compile)
+    write_weights(args.output or WEIGHTS / "instruct_pix2pix.safetensors", state, metadata)
+
+
+def train_towers(folder: Path, args, device) -> None:
+    """The image and text towers, on the shipped edit model's text encoder."""
+    from . import train_towers as recipe
+    from .instructions import vocabulary
+    from .nets import new_text_encoder
+    from .towers import FILE
+
+    weights, tokens = read_weights(WEIGHTS / "instruct_pix2pix.safetensors")[0], GrammarTokens(vocabulary())
+    if weights["token_ids"].tolist() != tokens.ids:
+        raise ValueError("The mini edit model was trained with other words than the grammar has now: run `python dev.py train instruct_pix2pix` first.")
+    text = new_text_encoder(tokens.unknown + 1)
+    text.load_state_dict({key[len(TEXT_PREFIX):]: value for key, value in weights.items() if key.startswith(TEXT_PREFIX)}, strict=False)
+    state, metadata = recipe.train(folder, args.minutes, device, text, tokens, args.seed)
+    write_weights(args.output or WEIGHTS / FILE, state, metadata)
+
+
 MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image, "seecoder_backbone": train_seecoder_backbone,
-           "seecoder": train_seecoder, "controlnet": train_controlnet, "strips": train_strips}
+           "seecoder": train_seecoder, "controlnet": train_controlnet,
+           "strips": train_strips, "instruct_pix2pix": train_instruct_pix2pix, "towers": train_towers}
 
 
 def main(argv: list[str]) -> int:
@@ -114,7 +140,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--from-shipped", action="store_true", help="start from mini/weights, with a fresh optimiser; an earlier state in .train is replaced")
     parser.add_argument("--decoder-only", action="store_true", help="autoencoder: keep the shipped encoder and improve its decoder")
     parser.add_argument("--compile", action="store_true",
-                        help="text_to_image: through torch.compile, a fifth faster after three minutes of compiling; needs a C++ compiler")
+                        help="text_to_image, instruct_pix2pix: through torch.compile, a fifth faster after three minutes of compiling; needs a C++ compiler")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier state in .train")
     parser.add_argument("--output", type=Path, default=None, help="where to write the weights (default mini/weights/NAME.safetensors)")
     args = parser.parse_args(argv)

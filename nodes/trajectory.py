@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 
 import folder_paths
-from comfy.cli_args import args
 from comfy_api.latest import io
 
+from ..common import files
 from ..inversion.display import show
 from ..inversion.sockets import TrajectoryType
 from ..inversion.storage import SUFFIX, load_trajectory, save_trajectory
@@ -22,29 +21,15 @@ NO_FILES = "none found"
 def trajectory_files() -> list[str]:
     """Names for the widget: safetensors files of the input folder, and of the output folder's own place for trajectories, marked [output].
 
-    Only the top of each, as the host's LoadLatent does it: this is asked at every look at the node, and outputs run to
-    hundreds of thousands of files. Names that are not in the list can be given all the same.
+    Names that are not in the list can be given all the same.
     """
-
-    def listed(folder: str, suffix: str) -> list[str]:
-        try:
-            with os.scandir(folder) as entries:
-                return sorted(entry.name for entry in entries if entry.name.lower().endswith(suffix) and entry.is_file())
-        except OSError:
-            return []
-
-    saved = listed(os.path.join(folder_paths.get_output_directory(), FOLDER), SUFFIX)
-    return listed(folder_paths.get_input_directory(), EXTENSION) + [f"{FOLDER}/{name} [output]" for name in saved]
+    saved = files.listed(os.path.join(folder_paths.get_output_directory(), FOLDER), (SUFFIX,))
+    return files.listed(folder_paths.get_input_directory(), (EXTENSION,)) + [f"{FOLDER}/{name} [output]" for name in saved]
 
 
 def resolve(name: str) -> str:
     """Full path of a widget value. Raises ValueError for a name that leaves the host's folders."""
-    plain, folder = folder_paths.annotated_filepath(name)
-    folder = os.path.abspath(folder or folder_paths.get_input_directory())
-    path = os.path.abspath(os.path.join(folder, plain))
-    if os.path.splitdrive(path)[0] != os.path.splitdrive(folder)[0] or os.path.commonpath([path, folder]) != folder:
-        raise ValueError(f"The trajectory file {name} lies outside the host's input and output folders: copy it into one of them.")
-    return path
+    return files.resolve(name, "trajectory")
 
 
 class SaveTrajectory(io.ComfyNode):
@@ -76,21 +61,13 @@ class SaveTrajectory(io.ComfyNode):
         folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         name = f"{filename}_{counter:05}_{SUFFIX}"
         path = os.path.join(folder, name)
-        skipped = save_trajectory(trajectory, path, cls.workflow())
+        skipped = save_trajectory(trajectory, path, files.workflow_of(cls))
         listed = f"{subfolder}/{name} [output]".lstrip("/").replace(os.sep, "/")
         text = f"Saved {listed[: -len(' [output]')]} ({os.path.getsize(path) / 1e6:.1f} MB)"
         if skipped:
             text += f"\nNot saved from the conditioning: {', '.join(skipped)}; connect them again after loading."
             logging.info("Palimpsest: Save Trajectory left out of the conditioning what no file can hold: %s", ", ".join(skipped))
         return io.NodeOutput(listed, ui=show(cls, text))
-
-    @classmethod
-    def workflow(cls) -> dict[str, str]:
-        """The graph for the file's header, as the host's own savers keep it, unless --disable-metadata."""
-        if args.disable_metadata or cls.hidden is None:
-            return {}
-        kept = {"prompt": cls.hidden.prompt, **(cls.hidden.extra_pnginfo or {})}
-        return {key: json.dumps(value) for key, value in kept.items() if value is not None}
 
 
 class LoadTrajectory(io.ComfyNode):

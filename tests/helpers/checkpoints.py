@@ -19,8 +19,8 @@ SD_VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3
           "attn_resolutions": [], "dropout": 0.0}
 
 
-def sd15_shapes() -> dict[str, torch.Size]:
-    """Every tensor of an SD1.5 checkpoint, by the name it has there."""
+def sd15_shapes(in_channels: int = 4) -> dict[str, torch.Size]:
+    """Every tensor of an SD1.5 checkpoint, by the name it has there. in_channels: of the UNet, 8 for edit models."""
     import comfy.ops
     import comfy.sd1_clip
     from comfy.ldm.models.autoencoder import AutoencoderKL
@@ -29,12 +29,21 @@ def sd15_shapes() -> dict[str, torch.Size]:
     meta = torch.device("meta")
     with meta:
         parts = {
-            "model.diffusion_model.": UNetModel(**SD15_UNET, dtype=torch.float16, device=meta, operations=comfy.ops.disable_weight_init),
+            "model.diffusion_model.": UNetModel(**{**SD15_UNET, "in_channels": in_channels}, dtype=torch.float16, device=meta, operations=comfy.ops.disable_weight_init),
             "cond_stage_model.": comfy.sd1_clip.SD1ClipModel(device=meta, dtype=torch.float16).clip_l,
             "first_stage_model.": AutoencoderKL(ddconfig=dict(SD_VAE), embed_dim=4),
         }
         shapes = {prefix + name: value.shape for prefix, part in parts.items() for name, value in part.state_dict().items()}
     return {name: shape for name, shape in shapes.items() if not name.endswith(("logit_scale", "text_projection.weight", "position_ids"))}
+
+
+def instruct_pix2pix_shapes() -> dict[str, torch.Size]:
+    """The official file of InstructPix2Pix with its EMA set; of the other set, which must not be read, the names only."""
+    from ...instruct_pix2pix.weights import UNET, averaged
+
+    shapes = sd15_shapes(in_channels=8)
+    unet = [name for name in shapes if name.startswith(UNET)]
+    return {**shapes, **{name: torch.Size([1]) for name in unet}, **{averaged(name): shapes[name] for name in unet}}
 
 
 def controlnet_sd15_shapes() -> dict[str, torch.Size]:

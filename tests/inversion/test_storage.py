@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from palimpsest.inversion import storage
+from palimpsest.common import files
 from palimpsest.inversion.storage import load_trajectory, save_trajectory
 from palimpsest.inversion.trajectory import Trajectory
 from safetensors.torch import load_file, save_file
@@ -210,7 +210,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(path, monkeypatch):
     def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage.os, "fsync", disk_full)
+    monkeypatch.setattr(files.os, "fsync", disk_full)
     with pytest.raises(ValueError, match="No space left on device") as refused:
         save_trajectory(example(guidance=3.0), path)
     assert "\n" not in str(refused.value)

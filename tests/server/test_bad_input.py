@@ -114,8 +114,74 @@ def unwatched() -> dict:
                          "8": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}}
 
 
+def image_guided(**changes) -> dict:
+    """InstructPix2Pix CFG; `changes` go to its inputs."""
+    return {
+        "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "text_to_image"}},
+        "6": {"class_type": "PalimpsestInstructPix2PixCFG", "inputs": {
+            "model": ["1", 0], "image_scale": 1.5, "start": 0.0, "end": 1.0, "separate_call": "auto", **changes}},
+        "7": {"class_type": "PreviewAny", "inputs": {"source": ["6", 0]}},
+    }
+
+
+def editing_nothing() -> dict:
+    """An edit model whose prompts carry no picture."""
+    graph = inversion()
+    return {**image_guided(), "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "instruct_pix2pix"}}, "2": graph["2"], "3": graph["3"]} | {
+        "7": {"class_type": "KSampler", "inputs": {
+            "model": ["6", 0], "seed": 0, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "positive": ["3", 0], "negative": ["3", 0],
+            "latent_image": ["2", 0], "denoise": 1.0}},
+        "8": {"class_type": "SaveLatent", "inputs": {"samples": ["7", 0], "filename_prefix": "bad_input"}},
+    }
+
+
+def edited_never() -> dict:
+    return {**image_guided(start=0.8, end=0.2), "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "instruct_pix2pix"}}}
+
+
+def pictured(extra=None, **changes) -> dict:
+    """InstructPix2Pix Conditioning of a scene; `changes` go to its inputs, `extra` nodes beside it."""
+    return {
+        "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "text_to_image"}},
+        "2": scene(objects="2")["1"],
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "make the circle blue"}},
+        "4": {"class_type": "PalimpsestInstructPix2PixConditioning", "inputs": {
+            "positive": ["3", 0], "negative": ["3", 0], "vae": ["1", 2], "image": ["2", 0], "longer_side": 128, **changes}},
+        "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 4]}},
+    } | (extra or {})
+
+
+def narrow_picture() -> dict:
+    return pictured({"6": {"class_type": "EmptyImage", "inputs": {"width": 2000, "height": 16, "batch_size": 1, "color": 0}}}, image=["6", 0])
+
+
+def edit_checkpoint(name: str, weights: str = "ema") -> dict:
+    return {
+        "1": {"class_type": "PalimpsestInstructPix2PixLoader", "inputs": {"ckpt_name": name, "weights": weights}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+
+
 @pytest.fixture(scope="module")
-def bad_files(server):
+def bad_checkpoints(server):
+    """Files in models/checkpoints that are no edit checkpoints, gone afterwards: other tests see what the host lists."""
+    folder = server.base / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    files = {"bad_one_set": {first: torch.zeros(320, 8, 3, 3)}, "bad_ordinary": {first: torch.zeros(320, 4, 3, 3)}, "bad_inpainting": {first: torch.zeros(320, 9, 3, 3)},
+             "bad_weights": {"weight": torch.zeros(3)}}
+    paths = [folder / f"{name}.safetensors" for name in files]
+    for path, state in zip(paths, files.values()):
+        save_file(state, str(path))
+    paths.append(folder / "bad_code.ckpt")
+    paths[-1].write_bytes(pickle.dumps(print))
+    yield
+    for path in paths:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def bad_files(server, bad_checkpoints):
     """Files in the server's input folder that are not what their names say."""
     folder = server.base / "input"
     whole = folder / "other_model.safetensors"
@@ -147,6 +213,17 @@ BAD = {
     "composer's window the wrong way": (lambda: composed(start=0.8, end=0.2), "6", "the start before the end"),
     "watched layer that is not composed": (lambda: composed(watch=True, watch_layers="d0"), "6", "None of the watch layers sees the concepts"),
     "shares without watch": (unwatched, "7", "switch its watch on"),
+    "image scale on an ordinary model": (image_guided, "6", "takes 4, as an ordinary text-to-image model"),
+    "image scale that never acts": (edited_never, "6", "set the start before the end"),
+    "edit of no picture": (editing_nothing, "7", "put InstructPix2Pix Conditioning between the prompts and the sampler"),
+    "two masks for one picture": (lambda: pictured(mask=["2", 1]), "4", "2 masks for 1 picture"),
+    "picture that is too narrow": (narrow_picture, "4", "too narrow for the published size rule"),
+    "longer side below a cell": (lambda: pictured(longer_side=32), "4", "set it to 64 or more"),
+    "checkpoint without averages": (lambda: edit_checkpoint("bad_one_set.safetensors"), "1", "set weights to plain"),
+    "ordinary checkpoint": (lambda: edit_checkpoint("bad_ordinary.safetensors", "plain"), "1", "takes 4, as an ordinary text-to-image model"),
+    "inpainting checkpoint": (lambda: edit_checkpoint("bad_inpainting.safetensors", "plain"), "1", "takes 9, as an inpainting model"),
+    "weights for a checkpoint": (lambda: edit_checkpoint("bad_weights.safetensors"), "1", "holds no UNet of the SD family"),
+    "checkpoint of code": (lambda: edit_checkpoint("bad_code.ckpt"), "1", "get the .safetensors of it instead"),
     "edit of a second object": (lambda: scene(edit="color", edit_object=2), "1", "object 2 cannot be edited"),
     "edit to what is there": (lambda: scene(caption="a red circle", edit="color", edit_value="red"), "1", "is red already"),
     "edit to a word of another attribute": (lambda: scene(edit="shape", edit_value="red"), "1", "'red' is no shape"),
@@ -157,6 +234,8 @@ REFUSED = {
     "scheduler that is not there": (lambda: inversion(scheduler="none"), "4", "none"),
     "member that is not shipped": (lambda: {**inversion(), "1": {"class_type": "PalimpsestMiniCheckpoint", "inputs": {"name": "none"}}}, "1", "none"),
     "missing trajectory file": (lambda: loaded("none.safetensors"), "2", "does not exist"),
+    "missing edit checkpoint": (lambda: edit_checkpoint("none.safetensors"), "1", "There is no checkpoint none.safetensors"),
+    "checkpoint outside the folders": (lambda: edit_checkpoint("../../secret.safetensors"), "1", "There is no checkpoint"),
     "file outside the folders": (lambda: loaded("../../secret.safetensors"), "2", "outside"),
 }
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from palimpsest.devtools.graphs import api_graphs, load_graph, missing_models, role
-from palimpsest.tests.helpers.checkpoints import controlnet_sd15_shapes, sam_shapes, sd15_shapes, seecoder_shapes, write_random_checkpoint
+from palimpsest.tests.helpers.checkpoints import controlnet_sd15_shapes, instruct_pix2pix_shapes, sam_shapes, sd15_shapes, seecoder_shapes, write_random_checkpoint
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 GRAPHS = [path for path in api_graphs() if not path.stem.startswith("mini-")]
@@ -17,9 +17,10 @@ SHAPES = {
     "seecoder-v1-0.safetensors": seecoder_shapes,
     "control_v11p_sd15_canny_fp16.safetensors": controlnet_sd15_shapes,
     "sam_vit_b_01ec64.pth": sam_shapes,
+    "instruct-pix2pix-00-22000.safetensors": instruct_pix2pix_shapes,
 }
 PIXELS, STEPS, PAINTED = 64, 2, "painted.png"
-SMALL = {"width": PIXELS, "height": PIXELS, "steps": STEPS, "end_at_step": STEPS}
+SMALL = {"width": PIXELS, "height": PIXELS, "longer_side": PIXELS, "steps": STEPS, "end_at_step": STEPS}
 
 
 @pytest.fixture(scope="module")
