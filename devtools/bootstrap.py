@@ -15,6 +15,7 @@ REQUIREMENTS = ROOT / "devtools" / "requirements.txt"
 TEST_REQUIREMENTS = ROOT / "devtools" / "requirements-test.txt"
 # glibc hands memory back after every sampling step and small machines then lose their time to page faults
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
+WORKERS = 4  # of the test suite at most: each takes up to 4 GB
 COMMANDS = {
     "demo": "run every sample graph whose models are there and write the pictures and a contact sheet to output/",
     "test": "run the test suite; what follows goes to pytest",
@@ -129,6 +130,13 @@ def script(python: Path, name: str) -> Path | None:
     return next((place / file for place in places if (place / file).is_file()), None)
 
 
+def workers(arguments: list[str]) -> list[str]:
+    """Options that spread the tests over the processor's cores, unless `arguments` say how many workers there are to be (-n 0: none)."""
+    if any(argument.startswith(("-n", "--numprocesses")) for argument in arguments):
+        return ["--dist", "loadgroup"]
+    return ["-n", str(min(os.cpu_count() or 1, WORKERS)), "--dist", "loadgroup"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Set up, run the command, return its exit status."""
     options, rest = parser().parse_known_args(argv)
@@ -146,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         if pytest is None:
             print(f"{python} has no pytest: leave --no-venv out, or install devtools/requirements-test.txt there.", file=sys.stderr)
             return 1
-        command = [str(pytest), *rest]
+        command = [str(pytest), *workers(rest), *rest]
     else:
         command = [str(python), str(ROOT / "devtools" / "run.py"), options.command, *rest]
     child = subprocess.Popen(command, env=environment(host, bool(options.comfyui)), cwd=ROOT)

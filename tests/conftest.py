@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported, here and in the servers that tests start. The models of the tests are too small to gain from a second thread; on a busy
+# machine threads that wait for each other take most of the time, and the order of their sums, and with it the last digit, changes from run to run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 HOST = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".host" / "comfyui-0.3.75").resolve()
 
@@ -31,6 +35,14 @@ except FileNotFoundError as error:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-snapshot", action="store_true", help="write tests/server/object_info_snapshot.json anew from the running host")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, a file's tests stay together for the sake of its fixtures, and one worker has all that share a server."""
+    for item in items:
+        shared = any(item.get_closest_marker(name) for name in ("server", "browser"))
+        item.add_marker(pytest.mark.xdist_group("server" if shared else item.location[0]))
 
 
 @pytest.fixture(scope="session")
