@@ -22,7 +22,7 @@ from ..scoring import HELD_OUT, Mini, batches, pictures, rate, span
 QUICK_LIMITS: dict[str, float] = {}
 COUNT, FEWER, OFFSET = 200, 100, 600_000  # seeds of this and other scores never meet
 STEPS, SCHEDULER = 20, "normal"
-TEXT_SCALE, PUBLISHED_TEXT_SCALE, IMAGE_SCALE = 4.0, 7.5, 1.5
+TEXT_SCALE, PUBLISHED_TEXT_SCALE, IMAGE_SCALE = 2.5, 7.5, 1.5
 SWEEP = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
 PICTURE = Path(__file__).resolve().parents[2] / "web" / "docs" / "pictures" / "instruct-pix2pix-tradeoff.png"
 CHANGES = {"color": ("color",), "color2": ("color2",), "pattern": ("pattern", "color2"), "shape": ("shape",), "move": ("place",), "size": ("size",),
