@@ -131,10 +131,10 @@ def script(python: Path, name: str) -> Path | None:
 
 
 def workers(arguments: list[str]) -> list[str]:
-    """Options that spread the tests over the processor's cores, unless `arguments` say how many workers there are to be (-n 0: none)."""
+    """Options that spread the test files over the processor's cores, unless `arguments` say how many workers there are to be (-n 0: none)."""
     if any(argument.startswith(("-n", "--numprocesses")) for argument in arguments):
-        return ["--dist", "loadgroup"]
-    return ["-n", str(min(os.cpu_count() or 1, WORKERS)), "--dist", "loadgroup"]
+        return ["--dist", "loadfile"]
+    return ["-n", str(min(os.cpu_count() or 1, WORKERS)), "--dist", "loadfile"]
 
 
 def main(argv: list[str] | None = None) -> int:

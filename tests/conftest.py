@@ -37,14 +37,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-snapshot", action="store_true", help="write tests/server/object_info_snapshot.json anew from the running host")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, a file's tests stay together for the sake of its fixtures, and one worker has all that share a server."""
-    for item in items:
-        shared = any(item.get_closest_marker(name) for name in ("server", "browser"))
-        item.add_marker(pytest.mark.xdist_group("server" if shared else item.location[0]))
-
-
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -135,7 +135,7 @@ def test_what_dev_py_does_not_know_goes_to_the_command(line, command, rest):
 @pytest.mark.parametrize(("cores", "line", "expected"), [(1, "-x", "-n 1"), (2, "tests/nodes", "-n 2"), (64, "", "-n 4"), (None, "", "-n 1"), (8, "-n 0 -s", ""), (8, "-n3", "")])
 def test_tests_run_on_all_cores_unless_told_otherwise(monkeypatch, cores, line, expected):
     monkeypatch.setattr(bootstrap.os, "cpu_count", lambda: cores)
-    assert bootstrap.workers(line.split()) == [*expected.split(), "--dist", "loadgroup"]
+    assert bootstrap.workers(line.split()) == [*expected.split(), "--dist", "loadfile"]
 
 
 def test_a_users_comfyui_brings_its_own_requirements(monkeypatch, tmp_path):
