@@ -120,7 +120,8 @@ class VisiiLearnInstruction(io.ComfyNode):
                     "keep",
                     options=list(CHOICES),
                     default=DEFAULTS.choice,
-                    tooltip="Which state is the result. validation: the best of 20 looks at a fixed set of noises (4 % more time at 1000 steps, 12 % at 300). late average: mean of the last quarter. "
+                    tooltip="Which state is the result. validation: the best of 20 looks at a fixed set of noises (4 % more time at 1000 steps, 12 % at 300). "
+                    "late average: mean of the last quarter. "
                     "last. lowest step loss: published, close to a random pick.",
                 ),
                 io.Int.Input(
