@@ -72,9 +72,11 @@ def test_names_spelled_out(key, naming, expected):
 
 @pytest.mark.parametrize("key", [
     "betas", "alphas_cumprod_prev", "ctx.text.model.text_model.final_layer_norm.bias", "vae.image.decoder.conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight",
-    "diffuser.image.data_blocks.30.0.weight", "diffuser.image.context_blocks.16.0.norm.weight", "diffuser.text.time_embed.0.weight", "model.diffusion_model.unet_text.time_embed.0.bias",
+    "diffuser.image.data_blocks.30.0.weight", "diffuser.image.context_blocks.16.0.norm.weight", "diffuser.text.time_embed.0.weight",
+    "model.diffusion_model.unet_text.time_embed.0.bias",
     "diffuser.image.context_blocks.0.0.transformer_blocks.0.attn1.to_q.bias", "diffuser.image.data_blocks.3.0.weight", "diffuser.text.data_blocks.3.0.op.weight",
-    "image_unet.conv_in.scale", "image_unet.down_blocks.0.resnets.0.norm3.weight", "image_unet.down_blocks.3.attentions.0.norm.weight", "text_unet.mid_block.resnets.2.norm1.weight",
+    "image_unet.conv_in.scale", "image_unet.down_blocks.0.resnets.0.norm3.weight", "image_unet.down_blocks.3.attentions.0.norm.weight",
+    "text_unet.mid_block.resnets.2.norm1.weight",
 ])
 def test_what_is_no_tensor_of_a_diffuser_is_left_out(key):
     assert all(keys.parse(key, naming) is None for naming in NAMINGS)
