@@ -68,3 +68,85 @@ def random_state(shapes: dict[str, torch.Size], seed: int = 0, dtype: torch.dtyp
             value = 0.05 * noise if key.endswith("bias") else 1 + 0.1 * noise
         out[key] = value.to(dtype)
     return out
+
+
+def tiny(sets: tuple[str, ...] = ("text", "image"), seed: int = 0, width: int = 32, context: int = 64, multipliers: tuple[int, ...] = (1, 1, 1, 1)):
+    """A small Versatile Diffusion with random weights as a ModelPatcher: 8 heads, the layout of the real one."""
+    from ...versatile_diffusion.model import build, unet_config
+    from .models import randomise
+
+    patcher = build(unet_config(width, context, multipliers), sets, 10**6, torch.float32)
+    randomise(patcher.model.diffusion_model, seed)
+    patcher.model.diffusion_model.requires_grad_(False)
+    return patcher
+
+
+def common_names(model) -> dict:
+    """The tensors of a tiny model with both sets under their common names `keys.Name`."""
+    from ...versatile_diffusion.dual import find
+
+    return {find(key): value for key, value in model.model.diffusion_model.state_dict().items()}
+
+
+def single(model, part: str):
+    """The plain SD 1.x model of the host that is one flow of a tiny model: image diffuser with the attention set "text" or "image"."""
+    from ...versatile_diffusion.dual import place
+    from .models import tiny_sd15
+
+    config = model.model.model_config.unet_config
+    plain = tiny_sd15(width=config["model_channels"], context_dim=config["context_dim"], channel_mult=config["channel_mult"])
+    placed = {place(name, (part,)): value for name, value in common_names(model).items()}
+    plain.model.diffusion_model.load_state_dict({key: value for key, value in placed.items() if key is not None})
+    return plain
+
+
+def context(tokens: int, seed: int = 0, width: int = 64, rows: int = 1) -> torch.Tensor:
+    """A random context [rows, tokens, width] whose tokens have norms about 1."""
+    return torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(seed)) / math.sqrt(width)
+
+
+def dual(ratio: float, text_tokens: int = 77, image_tokens: int = 257, seed: int = 0, width: int = 64) -> list:
+    """CONDITIONING of a random text and picture."""
+    from ...versatile_diffusion.contexts import dual_conditioning, image_conditioning
+
+    return dual_conditioning([[context(text_tokens, seed, width), {}]], image_conditioning([context(image_tokens, seed + 100, width)]), ratio)
+
+
+def diffusers_unet(model):
+    """Diffusers' UNet with dual attention that holds a tiny model's weights. It rejects a mask that its own blocks pass on; that is dropped (reference sheet, 7.4)."""
+    import pytest
+
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+
+    from ...versatile_diffusion.keys import CONTEXT, DIFFUSERS, Name, group_of, write
+
+    config = model.model.model_config.unet_config
+    widths = tuple(config["model_channels"] * n for n in config["channel_mult"])
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=widths, cross_attention_dim=config["context_dim"], attention_head_dim=8, dual_cross_attention=True, layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+    state = {}
+    for name, value in common_names(model).items():
+        key = write(Name("image", name.key), DIFFUSERS).removeprefix("image_unet.")
+        if group_of(name.key) == CONTEXT:
+            key = re.sub(r"(attentions\.\d+)\.", rf"\1.transformers.{('image', 'text').index(name.part)}.", key)
+        state[key] = value
+    unet.load_state_dict(state)
+
+    def without_mask(module, args, kwargs):
+        kwargs.pop("encoder_attention_mask", None)
+        return args, kwargs
+
+    for module in unet.modules():
+        if isinstance(module, DualTransformer2DModel):
+            module.register_forward_pre_hook(without_mask, with_kwargs=True)
+    return unet.eval().requires_grad_(False)
+
+
+def set_mix(unet, ratio: float, lengths: tuple[int, int]) -> None:
+    """Share of the text and token counts of [text | image] in a UNet of `diffusers_unet`."""
+    for module in unet.modules():
+        if hasattr(module, "transformer_index_for_condition"):
+            module.mix_ratio, module.condition_lengths = ratio, list(lengths)
