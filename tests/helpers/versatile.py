@@ -70,12 +70,12 @@ def random_state(shapes: dict[str, torch.Size], seed: int = 0, dtype: torch.dtyp
     return out
 
 
-def tiny(sets: tuple[str, ...] = ("text", "image"), seed: int = 0, width: int = 32, context: int = 64, multipliers: tuple[int, ...] = (1, 1, 1, 1)):
+def tiny(sets: tuple[str, ...] = ("text", "image"), seed: int = 0, width: int = 32, context: int = 64, multipliers: tuple[int, ...] = (1, 1, 1, 1), dtype=torch.float32):
     """A small Versatile Diffusion with random weights as a ModelPatcher: 8 heads, the layout of the real one."""
     from ...versatile_diffusion.model import build, unet_config
     from .models import randomise
 
-    patcher = build(unet_config(width, context, multipliers), sets, 10**6, torch.float32)
+    patcher = build(unet_config(width, context, multipliers), sets, 10**6, dtype)
     randomise(patcher.model.diffusion_model, seed)
     patcher.model.diffusion_model.requires_grad_(False)
     return patcher
