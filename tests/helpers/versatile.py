@@ -150,3 +150,67 @@ def set_mix(unet, ratio: float, lengths: tuple[int, int]) -> None:
     for module in unet.modules():
         if hasattr(module, "transformer_index_for_condition"):
             module.mix_ratio, module.condition_lengths = ratio, list(lengths)
+
+
+TOWER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 64, "num_channels": 3, "patch_size": 14,
+         "image_size": 224, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_vision_model"}
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 64}
+
+
+def vision_network(**changes):
+    """The host's vision tower with projection, random weights in float32. changes: of TOWER."""
+    import comfy.clip_model
+    import comfy.ops
+
+    from .models import randomise
+
+    network = comfy.clip_model.CLIPVisionModelProjection({**TOWER, **changes}, torch.float32, "cpu", comfy.ops.manual_cast)
+    randomise(network, 11)
+    return network.eval().requires_grad_(False)
+
+
+def clip_vision(folder: Path, context_width: int | None = 64, **changes):
+    """A CLIP_VISION of the host around a small tower. folder: where its configuration may be written; context_width: what it says of itself, None for nothing."""
+    import json
+
+    import comfy.clip_vision
+
+    path = folder / "tower.json"
+    path.write_text(json.dumps({**TOWER, **changes}))
+    out = comfy.clip_vision.ClipVisionModel(str(path))
+    out.model.to(torch.float32).load_state_dict(vision_network(**changes).state_dict())
+    if context_width is not None:
+        out.context_width = context_width
+    return out
+
+
+def text_encoder(**changes):
+    """Our CLIP-L at a small width, weights not set. changes: of TEXT."""
+    from ...versatile_diffusion.contexts import TextContextEncoder
+
+    return TextContextEncoder(dtype=torch.float32, model_options={"clip_l_model_config": {**TEXT, **changes}})
+
+
+def text_clip(**changes):
+    """The same as a CLIP of the host, with random weights and the real tokenizer."""
+    import comfy.sd
+    import comfy.sd1_clip
+
+    from ...versatile_diffusion.contexts import TextContextEncoder
+    from .models import randomise
+
+    class Target:
+        params: dict = {}
+        clip = comfy.sd1_clip.SD1ClipModel
+        tokenizer = comfy.sd1_clip.SD1Tokenizer
+
+    clip = comfy.sd.CLIP(Target, model_options={"clip_l_class": TextContextEncoder, "clip_l_model_config": {**TEXT, **changes}, "dtype": torch.float32})
+    randomise(clip.cond_stage_model, 12)
+    return clip
+
+
+def picture(height: int, width: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """IMAGE [batch, height, width, 3] in 0..1 with structure."""
+    from .seecoder import random_picture
+
+    return random_picture(height, width, batch, seed=seed)
