@@ -214,3 +214,30 @@ def picture(height: int, width: int, batch: int = 1, seed: int = 0) -> torch.Ten
     from .seecoder import random_picture
 
     return random_picture(height, width, batch, seed=seed)
+
+
+def write_files(folder: Path, naming: str, names: dict, suffix: str = ".safetensors", extra: dict | None = None) -> Path:
+    """Tensors under their common names as a file of an official naming, or as a folder of the diffusers format; the path.
+
+    The text diffuser gets a stem of its own, by which it can be told. extra: more tensors for a single file.
+    """
+    from safetensors.torch import save_file
+
+    from ...versatile_diffusion.keys import DIFFUSERS, FOLDERS, PARTS, Name, write
+
+    def save(state: dict, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".safetensors":
+            save_file({key: value.contiguous() for key, value in state.items()}, str(path))
+        else:
+            torch.save(state, path)
+        return path
+
+    names = {**names, Name("text", "input_blocks.0.0.weight"): torch.zeros(128, 64)}
+    if naming != DIFFUSERS:
+        state = {write(name, naming): value for name, value in names.items()}
+        return save({**state, "betas": torch.zeros(1000), **(extra or {})}, folder / f"vd-four-flow-v1-0{suffix}")
+    for part in PARTS:
+        state = {write(name, naming).removeprefix(f"{FOLDERS[part]}."): value for name, value in names.items() if name.part == part}
+        save(state, folder / FOLDERS[part] / f"diffusion_pytorch_model{suffix}")
+    return folder

@@ -68,7 +68,7 @@ def test_half_precision_and_flat_pictures():
     assert torch.isfinite(focus(torch.ones(1, 257, 96), 0.3)).all() and torch.isfinite(focus(torch.zeros(1, 257, 96), 1.0)).all()
 
 
-@pytest.mark.parametrize("arguments", [(-0.1,), (1.1,), (float("nan"),), (0.3, 20, 20), (0.3, 20, 1, 20), (0.3, 2, 1, 5)])
+@pytest.mark.parametrize("arguments", [(-0.1,), (1.1,), (float("nan"),), (0.3, 20, 20), (0.7, 20, 1, 20), (0.7, 2, 1, 5)])
 def test_what_makes_no_sense_is_refused(arguments):
     with pytest.raises(ValueError) as error:
         focus(context(257), *arguments)
