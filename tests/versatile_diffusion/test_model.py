@@ -265,3 +265,22 @@ def test_low_precision(model, dtype):
     exact = ksampler(model, EMPTY, dual(0.5), dual(0.5, seed=5), steps=2, cfg=1.0)
     out = ksampler(low, EMPTY, dual(0.5), dual(0.5, seed=5), steps=2, cfg=1.0)
     assert 1e-5 < relative(out, exact) < 0.1
+
+
+def test_edits_of_attention_work_on_one_flow_and_refuse_two(model):
+    """PnP, P2P and MRSA know one attention per layer; inversion knows none, and works on both."""
+    from palimpsest.attention_patches.blocks import architecture_name, unet_layers
+    from palimpsest.attention_patches.pnp import apply_pnp
+    from palimpsest.tests.helpers.models import tiny_trajectory
+
+    assert architecture_name(model) == "SD1.x"
+    with pytest.raises(ValueError, match="Versatile Diffusion with an attention for texts and one for pictures.*flows") as error:
+        unet_layers(model)
+    assert "\n" not in str(error.value)
+    alone = tiny(sets=("image",))
+    path = tiny_trajectory(alone, cond=image())
+    edited = apply_pnp(alone, path)[0]
+    start = torch.zeros(1, 4, 16, 16)
+    out, plain = (ksampler(one, start, image(seed=3), zeros(), steps=4) for one in (edited, alone))
+    assert torch.isfinite(out).all() and relative(out, plain) > 1e-3
+    assert torch.equal(ksampler(alone, start, image(seed=3), zeros(), steps=4), plain)
