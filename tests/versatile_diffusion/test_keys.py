@@ -104,3 +104,20 @@ def test_names_and_shapes_agree_with_the_reference_tables(tables, whole, part):
             assert keys.write(name, naming) == key and keys.parse(key, naming) == owner
         key = f"{part}_unet.{row['diffusers_key']}"
         assert keys.write(name, DIFFUSERS) == key and keys.parse(key, DIFFUSERS) == name
+
+
+@pytest.mark.parametrize("part", keys.PARTS)
+def test_names_and_shapes_agree_with_diffusers_own_modules(whole, part):
+    """At full size on the meta device."""
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2}
+    with torch.device("meta"):
+        if part == "image":
+            unet = diffusers.UNet2DConditionModel(**sizes)
+        else:
+            from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
+
+            unet = UNetFlatConditionModel(in_channels=(768, 1, 1), out_channels=(768, 1, 1), **sizes)
+    theirs = {f"{part}_unet.{key}": value.shape for key, value in unet.state_dict().items()}
+    ours = {keys.write(Name(part, key.split(".", 1)[1]), DIFFUSERS): value.shape for key, value in whole.items() if key.startswith(part)}
+    assert theirs == ours and len(ours) == 686
