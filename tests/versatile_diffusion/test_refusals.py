@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from palimpsest.tests.helpers.checkpoints import SD_VAE
 from palimpsest.tests.helpers.versatile import common_names, tiny, write_files
 from palimpsest.versatile_diffusion import loader
 from palimpsest.versatile_diffusion.files import TensorFile
@@ -131,3 +132,22 @@ def test_other_vision_towers_are_refused():
 
 def test_a_file_without_vae_is_refused(tmp_path):
     refusal("holds no VAE", lambda: loader.load_vae(TensorFile(write(tmp_path / "x.safetensors", "x"))))
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_towers_and_vae_of_the_right_size_are_taken():
+    """600 MB and 330 MB of zeros."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    from palimpsest.versatile_diffusion.contexts import check_tower
+
+    tower = loader.load_clip_vision(Listed({f"ctx.image.model.{key}": shape for key, shape in vision_shapes().items()}), "ctx.image.model.")
+    check_tower(tower)
+    del tower
+    refusal("lacks 16 tensors of its CLIP", lambda: loader.load_clip_vision(Listed({key: shape for key, shape in vision_shapes().items() if ".layers.7." not in key})))
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in AutoencoderKL(ddconfig=dict(SD_VAE), embed_dim=4).state_dict().items()}
+    assert len(shapes) == 248 and sum(math.prod(shape) for shape in shapes.values()) == 83_653_863
+    vae = loader.load_vae(Listed({f"vae.image.{key}": shape for key, shape in shapes.items()}), "vae.image.")
+    assert vae.latent_channels == 4
