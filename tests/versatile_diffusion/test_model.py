@@ -285,3 +285,17 @@ def test_edits_of_attention_work_on_one_flow_and_refuse_two(model):
     out, plain = (ksampler(one, start, image(seed=3), zeros(), steps=4) for one in (edited, alone))
     assert torch.isfinite(out).all() and relative(out, plain) > 1e-3
     assert torch.equal(ksampler(alone, start, image(seed=3), zeros(), steps=4), plain)
+
+
+@torch.inference_mode()
+def test_inversion_of_a_blend_comes_back():
+    """The pack's own inversion, its conditioning kept with both contexts."""
+    from palimpsest.inversion.report import psnr
+    from palimpsest.inversion.run import run_reconstruction
+    from palimpsest.tests.helpers.inversions import invert, picture, smooth
+
+    blended = smooth(tiny())
+    path = invert(blended, positive=dual(0.5), iterations=5)
+    assert path.conditioning[0][1]["versatile_image"].shape == (1, 257, 64)
+    own, other = (psnr(picture()["samples"], run_reconstruction(blended, path, conditioning)) for conditioning in (None, image()))
+    assert own > 40 and own > other + 6
