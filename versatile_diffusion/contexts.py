@@ -130,13 +130,14 @@ def encode_pictures(clip_vision, image: Tensor, mask: Tensor | None = None, crop
     image = rgb(image).float()
     patch = clip_vision.model.vision_model.embeddings.patch_embedding.weight.shape[-1]
     weights = None
-    if mask is not None:
+    # asked before it is resized, which would leave 0.9999999
+    if mask is not None and not bool((mask >= 1).all()):
         keep = fit_mask(mask, tuple(image.shape[1:3]), clip_vision.image_size, crop)
         if len(keep) not in (1, len(image)):
             raise ValueError(f"There are {len(keep)} masks for {len(image)} pictures: connect one mask for all, or one per picture.")
         if not bool((keep.flatten(1) > 0).any(1).all()):
             raise ValueError("The mask is empty, so nothing of the picture would be read: paint a region in white, or disconnect the mask.")
-        weights = None if bool((keep == 1).all()) else token_weights(keep, patch).expand(len(image), -1, -1)
+        weights = token_weights(keep, patch).expand(len(image), -1, -1)
     mm.load_model_gpu(clip_vision.patcher)
     device, bar, out = clip_vision.load_device, comfy.utils.ProgressBar(len(image)), []
     for i in range(len(image)):

@@ -87,6 +87,15 @@ class VersatileDiffusion(comfy.model_base.BaseModel):
             )
 
 
+def check_model(model) -> None:
+    """Raises ValueError, one sentence, when a MODEL is no Versatile Diffusion: it would read contexts as prompts and draw anything."""
+    if not isinstance(model.model, VersatileDiffusion):
+        raise ValueError(
+            f"The connected model is a {type(model.model.model_config).__name__}, which cannot read Versatile Diffusion's contexts: "
+            "connect the model of Versatile Diffusion Loader."
+        )
+
+
 def looks_raw(context: Tensor) -> bool:
     """Whether tokens [B, n, 768] are hidden states of a CLIP rather than contexts, which are projected and divided by a norm."""
     return float(context.float().norm(dim=-1).median()) > RAW_NORM
