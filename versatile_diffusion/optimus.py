@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..common.shapes import compare_shapes
 from . import optimus_files as files
-from .optimus_keys import MARKERS, Sizes, check_tensors, read_sizes, take
+from .optimus_keys import MARKERS, Sizes, read_sizes, take
 from .optimus_network import OptimusNetwork, unfilled, write
 from .optimus_words import BertWords, GPT2Words, read_vocabulary, tidy
 
@@ -166,7 +167,8 @@ def from_state(state: dict[str, Tensor], path: str, precision: str = "auto") -> 
     state.clear()
     sizes = read_sizes(tensors, name)
     network = unfilled(sizes)
-    check_tensors(tensors, network.state_dict(), name)
+    stored, expected = ({key: tuple(value.shape) for key, value in table.items()} for table in (tensors, network.state_dict()))
+    compare_shapes(stored, expected, f"file {name}")
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
     half = precision == "fp16" or (precision == "auto" and mm.text_encoder_dtype(load_device) == torch.float16 and mm.should_use_fp16(load_device))
     dtype = torch.float16 if half else torch.float32

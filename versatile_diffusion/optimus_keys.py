@@ -96,15 +96,3 @@ def read_sizes(state: dict[str, Tensor], name: str) -> Sizes:
     except (KeyError, IndexError) as error:
         raise ValueError(f"The file {name} lacks tensors of Optimus ({error.args[0]} first): its download may be incomplete, so fetch it again.") from error
     return Sizes(latent, decoder, encoder)
-
-
-def check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor], name: str) -> None:
-    """Raises ValueError, one sentence, unless the tensors have the names and shapes of `expected`."""
-    missing = [key for key in expected if key not in state]
-    surplus = [key for key in state if key not in expected]
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    for verb, keys in (("lacks", missing), ("holds besides what belongs to it", surplus), ("holds in another shape than the rest of it asks for", wrong)):
-        if keys:
-            raise ValueError(
-                f"The file {name} {verb} {len(keys)} tensor{'s' if len(keys) > 1 else ''} of Optimus, {keys[0]} first: its download may be incomplete, so fetch it again."
-            )
