@@ -106,6 +106,13 @@ class Optimus:
         bar.update_absolute(length)
         return [tidy(words.decode(row), repeats) for row in tokens]
 
+    def edit(self, latents: Tensor, negative: str = "", positive: str = "") -> Tensor:
+        """Text latents [B, latent, 1, 1] with a phrase taken out and another put in, see `edited`; an empty phrase changes nothing. Raises ValueError as `encode` and `flat`."""
+        start = self.flat(latents)[:, :, None, None]
+        phrases = [text.strip() for text in (negative, positive)]
+        minus, plus = (self.encode([text]).to(start) if text else None for text in phrases)
+        return edited(start, minus, plus)
+
     def flat(self, latents: Tensor) -> Tensor:
         """Latents as [B, latent]. Raises ValueError, one sentence, when they are not those of texts."""
         if latents.ndim == 4 and latents.shape[2:] == (1, 1):
@@ -113,7 +120,7 @@ class Optimus:
         if latents.ndim != 2 or latents.shape[1] != self.sizes.latent:
             raise ValueError(
                 f"Optimus reads latents of texts, [batch, {self.sizes.latent}, 1, 1], but got {list(latents.shape)}: "
-                "connect the sampler of the text diffuser, Optimus Text Encode or Empty Text Latent."
+                "connect the sampler of the text diffuser, or Versatile Optimus Encode."
             )
         return latents
 
@@ -179,7 +186,6 @@ def from_state(state: dict[str, Tensor], path: str, precision: str = "auto") -> 
         own[key] = tensor.to(offload_device, dtype, copy=True)
         if half and not bool(torch.isfinite(own[key]).all()):
             raise ValueError(f"The file {name} holds weights beyond the range of fp16: set precision to fp32.")
-    network.load_state_dict(own, strict=True, assign=True)
-    network.requires_grad_(False)
+    network.requires_grad_(False).load_state_dict(own, strict=True, assign=True)
     patcher = comfy.model_patcher.ModelPatcher(network, load_device=load_device, offload_device=offload_device)
     return Optimus(path, network, patcher, sizes, dtype)

@@ -26,7 +26,7 @@ from .model import DUAL, FLOW, WIDTH, VersatileConfig, VersatileDiffusion
 TEXT_LATENT = 768  # values of the published latent of a text
 HEADS = 8
 BLOCKS = 2  # residual blocks per level on the way down; one more on the way up
-LOADER = "Versatile Diffusion Text Loader"
+LOADER = "Versatile Text Model Loader"
 
 
 class TextUNet(DualUNet):
@@ -96,7 +96,7 @@ class TextUNet(DualUNet):
         if tuple(x.shape[1:]) != (self.in_channels, 1, 1):
             raise ValueError(
                 f"The text diffuser works on latents of texts, [batch, {self.in_channels}, 1, 1], but got {list(x.shape)}: "
-                "connect Empty Text Latent or Optimus Text Encode instead of the latent of a picture."
+                "connect Versatile Empty Text Latent or Versatile Optimus Encode instead of the latent of a picture."
             )
         return super().forward(x, timesteps, context, y, control, transformer_options, **kwargs)
 
