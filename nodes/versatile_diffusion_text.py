@@ -73,7 +73,7 @@ class VersatileTextLoader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output("model", display_name="model", tooltip="For KSampler with Versatile Empty Text Latent: ddim, ddim_uniform, 50 steps, cfg 7.5 as the authors sample."),
+                io.Model.Output("model", display_name="model", tooltip="For KSampler with Versatile Empty Text Latent: ddim, ddim_uniform, 50 steps, cfg 7.5."),
                 io.String.Output("report", display_name="report", tooltip="What was found and loaded."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -225,12 +225,12 @@ class VersatileOptimusDecode(io.ComfyNode):
                 OptimusType.Input("optimus", tooltip="From Versatile Optimus Loader."),
                 io.Latent.Input("latent", tooltip="Text latents [batch, 768, 1, 1], from KSampler with the text diffuser or Versatile Optimus Encode."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, step=1, control_after_generate=True,
                     tooltip="Words are drawn at random; text i of the batch draws with seed + i, whatever else is in the batch. Without meaning at temperature 0.",
                 ),
-                io.Float.Input("temperature", default=1.0, min=0.0, max=5.0, step=0.05, tooltip="1 is published. Lower is safer and duller; 0 always takes the likeliest word (greedy)."),
+                io.Float.Input("temperature", default=1.0, min=0.0, max=5.0, step=0.05, tooltip="1 is published, lower is safer and duller, 0 always takes the likeliest word."),
                 io.Int.Input("top_k", default=0, min=0, max=1000, step=1, tooltip="Draw only from this many likeliest words; 0 (published) from all."),
-                io.Float.Input("top_p", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Draw only from the likeliest words that have this probability together; 1 (published) from all."),
+                io.Float.Input("top_p", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Draw only from the likeliest words of this probability together; 1 (published): all."),
                 io.Int.Input(
                     "max_tokens", default=30, min=3, max=256, step=1,
                     tooltip="Longest text in word pieces, its two markers counted; 30 is published (about 25 words). Optimus was trained on single sentences.",
