@@ -24,6 +24,8 @@ def read_vocabulary(path: str, count: int) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         if name.lower().endswith(".json"):
             table = json.loads(text)
+            if not isinstance(table, dict):
+                raise TypeError("it holds no table")
             table = table["model"]["vocab"] if "model" in table and isinstance(table["model"], dict) else table
             words = sorted(table, key=table.__getitem__)
             whole = [table[word] for word in words] == list(range(len(words)))
