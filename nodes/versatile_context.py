@@ -9,7 +9,8 @@ from comfy_api.latest import io
 
 from ..inversion.display import show
 from ..versatile_diffusion import contexts, storage
-from ..versatile_diffusion.focus import DROP, KEEP, MIDDLE, RANK, focus
+from ..versatile_diffusion import focus as focusing
+from ..versatile_diffusion.focus import DROP, KEEP, MIDDLE, RANK
 from .trajectory import resolve
 
 CATEGORY = "Palimpsest/versatile diffusion"
@@ -65,15 +66,10 @@ class VersatileImageContext(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip_vision, image, crop, weight, focus, batch, mask=None, **kwargs) -> io.NodeOutput:
-        tokens = moved(contexts.encode_pictures(clip_vision, image, mask, crop), focus) * weight
+        tokens = focusing.focus(contexts.encode_pictures(clip_vision, image, mask, crop), focus) * weight
         conditioning = contexts.image_conditioning(list(tokens.split(1)) if batch == TOGETHER else [tokens])
         report = f"{storage.describe(conditioning)}\n{crop}{', masked' if mask is not None else ''}, weight {weight:g}, focus {focus:g}"
         return io.NodeOutput(conditioning, report, ui=show(cls, report))
-
-
-def moved(tokens, level: float, rank: int = RANK, drop: int = DROP, keep: int = KEEP):
-    """`focus`, under a name that the widgets do not hide."""
-    return focus(tokens, level, rank, drop, keep)
 
 
 class VersatileFocus(io.ComfyNode):
@@ -111,7 +107,8 @@ class VersatileFocus(io.ComfyNode):
     @classmethod
     def execute(cls, context, level, rank, semantic_drop, style_keep, **kwargs) -> io.NodeOutput:
         pictures = contexts.picture_contexts(context, "context")
-        return io.NodeOutput(contexts.with_options(contexts.image_conditioning([focus(one, level, rank, semantic_drop, style_keep) for one in pictures]), context))
+        focused = [focusing.focus(one, level, rank, semantic_drop, style_keep) for one in pictures]
+        return io.NodeOutput(contexts.with_options(contexts.image_conditioning(focused), context))
 
 
 class VersatileCombineImages(io.ComfyNode):

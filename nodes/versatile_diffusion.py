@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..inversion.display import show
 from ..versatile_diffusion import contexts, files, loader, sources
 from ..versatile_diffusion.color_match import match_colors
-from ..versatile_diffusion.model import FLOW, IMAGE_CONTEXT, WIDTH, check_model
+from ..versatile_diffusion.model import IMAGE_CONTEXT, WIDTH, check_model
 from ..versatile_diffusion.storage import describe
 
 FROM_MODEL = "from the model file"
@@ -201,10 +201,8 @@ class VersatileEmptyImage(io.ComfyNode):
         if kind == "zeros":
             tokens = [torch.zeros(1, 257, WIDTH)]
             if like:
-                options = like[0][1]
                 # of a dual context the picture's tokens
-                shaped = options.get(IMAGE_CONTEXT, like[0][0]) if options.get(FLOW) else like[0][0]
-                tokens = [torch.zeros_like(shaped)]
+                tokens = [torch.zeros_like(like[0][1].get(IMAGE_CONTEXT, like[0][0]))]
             return io.NodeOutput(contexts.image_conditioning(tokens))
         if clip_vision is None:
             raise ValueError(f"An encoded {kind} needs the vision encoder: connect clip_vision of Versatile Diffusion Loader, or choose zeros.")

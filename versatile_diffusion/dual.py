@@ -89,7 +89,8 @@ class DualUNet(UNetModel):
     def __init__(self, *args, sets: tuple[str, ...] = SETS, **kwargs):
         super().__init__(*args, **kwargs)
         self.sets = tuple(sets)
-        if self.sets != SETS:
+        self.paired = self.sets == SETS
+        if not self.paired:
             return
         more = {"dtype": kwargs.get("dtype", torch.float32), "device": kwargs.get("device"), "operations": kwargs["operations"]}
         for block in (*self.input_blocks, self.middle_block, *self.output_blocks):
@@ -100,7 +101,7 @@ class DualUNet(UNetModel):
     def forward(self, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, vd_image=None, vd_ratio=1.0, **kwargs):
         """As the host's. vd_ratio: share of the text set; vd_image: the image context where both sets run, context is then the text's."""
         options = {**(transformer_options or {})}
-        if self.sets == SETS:
+        if self.paired:
             options[MIX] = Mix(float(vd_ratio), vd_image)
         return super().forward(x, timesteps, context, y, control, options, **kwargs)
 

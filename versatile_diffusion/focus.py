@@ -48,8 +48,9 @@ def focus(context: Tensor, level: float, rank: int = RANK, drop: int = DROP, kee
         return context
     rows, width = context.shape[1] - 1, context.shape[2]
     rank = min(rank, rows, width)
-    if rank < 1 or not 0 <= drop < rank or not 0 <= keep < rank:
-        raise ValueError(f"A focus on {rank} components cannot drop {drop + 1} of them or keep {keep}: use a rank of 20, drop 1 and keep 5 as published.")
+    if not 0 <= (drop if level < MIDDLE else keep) < rank:
+        what = f"let {drop + 1} of them fade" if level < MIDDLE else f"keep {keep} of them while others fade"
+        raise ValueError(f"A focus on {rank} components cannot {what}: use a rank of {RANK}, semantic drop {DROP} and style keep {KEEP} as published.")
     local = context[:, 1:].double()
     spread = local.flatten(1).std(1)[:, None, None]
     mean = local.mean(2, keepdim=True)
