@@ -42,6 +42,7 @@ class TextUNet(DualUNet):
     ):
         nn.Module.__init__(self)  # the parents would build the layers of a picture's UNet
         self.sets = tuple(sets)
+        self.paired = self.sets == SETS
         self.in_channels = self.out_channels = in_channels
         self.model_channels, self.channel_mult, self.num_heads, self.dtype = model_channels, tuple(channel_mult), num_heads, dtype
         # what the host's forward pass asks for
@@ -49,7 +50,7 @@ class TextUNet(DualUNet):
 
         at = {"dtype": dtype, "device": device}
         linear = flat_linear(operations)
-        transformer = PairedTransformer if self.sets == SETS else SpatialTransformer
+        transformer = PairedTransformer if self.paired else SpatialTransformer
         embedded = 4 * model_channels
 
         def residual(inputs: int, outputs: int) -> FCResBlock:
