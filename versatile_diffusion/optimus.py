@@ -166,6 +166,7 @@ def from_state(state: dict[str, Tensor], path: str, precision: str = "auto") -> 
     """An Optimus from a state dict, which is emptied on the way so that nothing is held twice; see `load`."""
     import comfy.model_management as mm
     import comfy.model_patcher
+    import comfy.utils
 
     name = os.path.basename(path)
     if not isinstance(state, dict):
@@ -179,11 +180,13 @@ def from_state(state: dict[str, Tensor], path: str, precision: str = "auto") -> 
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
     half = precision == "fp16" or (precision == "auto" and mm.text_encoder_dtype(load_device) == torch.float16 and mm.should_use_fp16(load_device))
     dtype = torch.float16 if half else torch.float32
+    # weights that stay mapped to a file change when the file is replaced; what was read into memory is not copied once more
+    mapped = path.lower().endswith((".safetensors", ".sft")) or getattr(comfy.utils, "MMAP_TORCH_FILES", False)
     own = {}
     while tensors:
         key, tensor = tensors.popitem()
-        # a copy of its own: weights that stay mapped to a file change when the file is replaced
-        own[key] = tensor.to(offload_device, dtype, copy=True)
+        own[key] = tensor.to(offload_device, dtype, copy=mapped)
+        del tensor
         if half and not bool(torch.isfinite(own[key]).all()):
             raise ValueError(f"The file {name} holds weights beyond the range of fp16: set precision to fp32.")
     network.requires_grad_(False).load_state_dict(own, strict=True, assign=True)

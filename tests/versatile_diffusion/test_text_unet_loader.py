@@ -146,3 +146,37 @@ def test_only_attention_changes_place_on_crossing(tmp_path, model):
     assert {name.part for name in source.table if keys.group_of(name.key) == "data"} == {TEXT}
     file, key = source.table[keys.Name(TEXT, "middle_block.1.norm.weight")]
     assert key == "diffuser.image.context_blocks.6.0.norm.weight" and keys.group_of("middle_block.1.norm.weight") == CONTEXT
+
+
+@pytest.mark.parametrize("naming", [OFFICIAL_2022, OFFICIAL_2023, DIFFUSERS])
+def test_names_at_full_size(tmp_path, monkeypatch, naming):
+    """All that a model of both sets has comes from somewhere in the published names, in the right shape; files without content."""
+    import comfy.ops
+
+    from palimpsest.tests.helpers.versatile import image_shapes, text_shapes
+    from palimpsest.versatile_diffusion.text_unet import TextUNet, text_config
+
+    whole = {keys.write(keys.Name(part, key), naming): tuple(shape) for part, table in ((IMAGE, image_shapes()), (TEXT, text_shapes())) for key, shape in table.items()}
+
+    class Hollow:
+        def __init__(self, path):
+            self.name, folder = "vd.pth", path.split("/")[-2]
+            self.shapes = {key.split(".", 1)[1]: shape for key, shape in whole.items() if key.startswith(f"{folder}.")} if naming == DIFFUSERS else whole
+
+    monkeypatch.setattr(text_unet_loader, "TensorFile", Hollow)
+    path = tmp_path / "vd.pth"
+    if naming == DIFFUSERS:
+        path = tmp_path / "vd"
+        for folder in keys.FOLDERS.values():
+            (path / folder).mkdir(parents=True)
+            (path / folder / "diffusion_pytorch_model.fp16.bin").write_bytes(b"")
+    source = text_unet_loader.recognise(str(path))
+    for sets in (SETS, (TEXT,), (IMAGE,)):
+        planned = {key: file.shapes[name] for key, (file, name) in text_unet_loader.plan(source, sets).items()}
+        config = text_unet_loader.sizes(planned, source.title)
+        assert config == text_config()
+        network = TextUNet(**config, sets=sets, dtype=torch.float16, device="meta", operations=comfy.ops.disable_weight_init)
+        assert planned == {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    if naming == DIFFUSERS:
+        file, _ = text_unet_loader.plan(source, SETS)["time_embed.0.weight"]
+        assert "conv_in.weight" in file.shapes and len(file.shapes["conv_in.weight"]) == 2, "the text diffuser's own copy"
