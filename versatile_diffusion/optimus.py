@@ -20,6 +20,7 @@ from .optimus_words import BertWords, GPT2Words, read_vocabulary, tidy
 log = logging.getLogger("palimpsest")
 
 PRECISIONS = ("auto", "fp32", "fp16")
+AT_ONCE = 32  # texts that are encoded in one call
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -48,35 +49,40 @@ class Optimus:
         """GPT-2's vocabulary, likewise."""
         return GPT2Words(read_vocabulary(files.gpt2_vocabulary(self.path), self.sizes.decoder.vocabulary - MARKERS))
 
-    def _load(self, tokens: int) -> torch.device:
-        """Bring the network to its device. tokens: how many it will see in one call, over all texts."""
+    def _load(self, texts: int, length: int) -> torch.device:
+        """Bring the network to its device. texts: how many it will see at once; length: tokens of each."""
         import comfy.model_management as mm
 
-        # logits, hidden values and keys of every token; transformers' layers cannot be left behind in part, as the host's can
-        needed = tokens * 4 * (2 * self.sizes.decoder.vocabulary + 2 * self.sizes.decoder.layers * self.sizes.decoder.width)
+        # logits of one step and keys and values of all; transformers' layers cannot be left behind in part, as the host's can
+        needed = 4 * texts * (3 * self.sizes.decoder.vocabulary + 2 * length * self.sizes.decoder.layers * self.sizes.decoder.width)
         mm.load_models_gpu([self.patcher], memory_required=needed, force_full_load=True)
         # buffers of modules that have no weights of their own are not among what the host moves
         self.network.to(self.patcher.load_device)
         return self.patcher.load_device
 
     def encode(self, texts: list[str]) -> Tensor:
-        """Latents [B, latent, 1, 1] of texts, float32 on the host's intermediate device: means, without sampling.
+        """Latents [B, latent, 1, 1] of texts (one or more), float32 on the host's intermediate device: means, without sampling; with progress and cancel.
 
         Texts are lower-cased and read up to 77 word pieces. Raises ValueError, one sentence, without an encoder or vocabulary.
         """
         import comfy.model_management as mm
+        import comfy.utils
 
         if self.network.encoder is None:
             raise ValueError(f"The file {os.path.basename(self.path)} holds Optimus' decoder only, so it cannot encode text: load the whole optimus-vae.pth.")
         words = self.bert_words
-        rows = [words.encode(text) for text in texts]
-        longest = max(len(row) for row in rows)
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        mm.throw_exception_if_processing_interrupted()
-        device = self._load(tokens.numel())
-        latents = self.network.encoder(tokens.to(device), mask.to(device)).float()
-        return latents[:, :, None, None].to(mm.intermediate_device())
+        parts = [[words.encode(text) for text in texts[start:start + AT_ONCE]] for start in range(0, len(texts), AT_ONCE)]
+        bar = comfy.utils.ProgressBar(len(parts))
+        latents = []
+        for rows in parts:
+            mm.throw_exception_if_processing_interrupted()
+            longest = max(len(row) for row in rows)
+            tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            device = self._load(len(rows), longest)
+            latents.append(self.network.encoder(tokens.to(device), mask.to(device)).float().to(mm.intermediate_device()))
+            bar.update(1)
+        return torch.cat(latents)[:, :, None, None]
 
     def decode(
         self, latents: Tensor, *, length: int = 30, seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, repeats: str = "phrases",
@@ -93,7 +99,7 @@ class Optimus:
         words = self.gpt2_words
         if not bool(torch.isfinite(flat).all()):
             raise ValueError("The text latent holds values that are not finite: sample it again with a lower cfg or in another number format.")
-        device = self._load(len(flat) * length)
+        device = self._load(len(flat), length)
         bar = comfy.utils.ProgressBar(length)
 
         def tick() -> None:

@@ -145,6 +145,25 @@ def test_texts_to_latents(model):
 
 
 @torch.inference_mode()
+def test_many_texts_are_encoded_in_parts_that_can_be_cancelled(model, monkeypatch):
+    texts = [f"the man {'walk ' * (number % 7)}" for number in range(70)]
+    out = model.encode(texts)
+    assert out.shape == (70, toy.TEXT_LATENT, 1, 1)
+    for number in (0, 31, 32, 69):
+        assert relative(out[number:number + 1], model.encode([texts[number]])) < 1e-5
+    calls = []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 2:
+            raise mm.InterruptProcessingException()
+
+    monkeypatch.setattr(mm, "throw_exception_if_processing_interrupted", interrupt)
+    with pytest.raises(mm.InterruptProcessingException):
+        model.encode(texts)
+
+
+@torch.inference_mode()
 def test_latents_to_texts(model):
     texts = model.decode(latents(3), seed=5, repeats="keep")
     assert len(texts) == 3 and len(set(texts)) == 3 and all(isinstance(text, str) for text in texts)
