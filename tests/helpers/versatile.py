@@ -152,7 +152,7 @@ def set_mix(unet, ratio: float, lengths: tuple[int, int]) -> None:
             module.mix_ratio, module.condition_lengths = ratio, list(lengths)
 
 
-TOWER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 64, "num_channels": 3, "patch_size": 14,
+TOWER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 64, "num_channels": 3, "patch_size": 14,
          "image_size": 224, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "model_type": "clip_vision_model"}
 TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 64}
 
