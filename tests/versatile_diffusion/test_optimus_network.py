@@ -172,3 +172,23 @@ def test_texts_do_not_depend_on_each_other_nor_on_other_randomness(model):
     assert write(model.network.decoder, latents, seed=8) != whole and len(write(model.network.decoder, latents, seed=2**64 - 1)) == 3
     greedy = write(model.network.decoder, latents, seed=1, temperature=0.0)
     assert greedy == write(model.network.decoder, latents, seed=2, temperature=0.0) == write(model.network.decoder, latents, seed=3, top_k=1)
+
+
+def test_what_other_versions_of_transformers_have():
+    """The cache's older name, and the buffers that older classes keep beside their weights."""
+    from palimpsest.versatile_diffusion.optimus_network import _buffer, cache_name
+
+    class Older:
+        def forward(self, input_ids=None, past_key_values=None, cache_position=None):
+            pass
+
+    class Newer:
+        def forward(self, input_ids=None, cache=None):
+            pass
+
+    assert cache_name(Older) == "past_key_values" and cache_name(Newer) == "cache"
+    assert _buffer("position_ids", torch.empty(1, 5, dtype=torch.long, device="meta")).tolist() == [[0, 1, 2, 3, 4]]
+    assert _buffer("bias", torch.empty(1, 1, 2, 2, dtype=torch.bool, device="meta")).tolist() == [[[[True, False], [True, True]]]]
+    assert not _buffer("token_type_ids", torch.empty(1, 5, dtype=torch.long, device="meta")).any() and _buffer("masked_bias", torch.empty(())) == -1e4
+    with pytest.raises(ValueError, match="has a buffer called other"):
+        _buffer("other", torch.empty(2))
