@@ -20,6 +20,8 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(optim.time, "monotonic", clock)
+    # its leaps are slow steps, not a suspended process
+    monkeypatch.setattr(optim, "PAUSE", float("inf"))
     return clock
 
 
@@ -77,6 +79,16 @@ def test_it_ends_when_the_minutes_are_used_up(tmp_path, clock):
     assert steps(trainer, 3)
     clock.now += 61
     assert not steps(trainer, 1)
+
+
+def test_a_suspended_process_keeps_its_minutes(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(optim, "PAUSE", 60.0)
+    trainer = optim.Trainer(net(), tmp_path, 1, 1e-2, seed=0)
+    steps(trainer, 1)
+    clock.now += 1000
+    assert steps(trainer, 1) and trainer.progress == 0.0
+    clock.now += 59
+    assert steps(trainer, 1) and trainer.progress > 0.9
 
 
 def test_the_state_before_the_cool_down_is_kept_for_going_on(tmp_path, clock):
