@@ -18,6 +18,7 @@ from palimpsest.tests.helpers import host_nodes
 from palimpsest.tests.helpers.inversions import picture
 from palimpsest.tests.helpers.models import controlled, tiny_cond, tiny_controlnet, tiny_sd15, tiny_sdxl
 from palimpsest.tests.helpers.sampling import ksampler, no_free_memory
+from palimpsest.tests.helpers.state import same_state, state_of
 
 STEPS = 4
 QUICK = Settings(inner_steps=3, early_stop=0.0, checkpointing="off")
@@ -64,20 +65,6 @@ def sampled(model, path, negative, positive=PROMPT, cfg=7.5):
 
 def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
-
-
-def state_of(model):
-    """Everything on the shared modules that a run might leave something on."""
-    modules = {}
-    for name, module in model.model.named_modules():
-        hooks = [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
-        modules[name] = (sorted(vars(module)), hooks, module.training, getattr(module, "comfy_cast_weights", None))
-    flags = {name: (p.requires_grad, p.grad is None, p.is_inference(), p.data_ptr()) for name, p in model.model.named_parameters()}
-    return modules, flags, {name: value.clone() for name, value in model.model.state_dict().items()}
-
-
-def same_state(before, after):
-    return before[:2] == after[:2] and before[2].keys() == after[2].keys() and all(torch.equal(before[2][name], after[2][name]) for name in before[2])
 
 
 def test_the_picture_comes_back_under_guidance_with_a_stock_sampler(model, path, result):
