@@ -53,7 +53,7 @@ class FrontEnd:
         """The API graph of what is on the canvas, as Workflow > Export (API) writes it."""
         return self.page.evaluate("app.graphToPrompt().then(graph => graph.output)")
 
-    def run(self, seconds: float = 300) -> list[str]:
+    def run(self, seconds: float = 500) -> list[str]:
         """Press Run, wait until the graph has run, return the addresses of the pictures on the canvas. Raises AssertionError with the page's own message."""
         known = set(self.server.get("/history"))
         self.page.get_by_role("button", name="Run", exact=True).click()
