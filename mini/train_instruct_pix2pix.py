@@ -4,12 +4,13 @@ The text-to-image model with four more input channels, the latent of the picture
 instructions, 5 % of the pictures and 5 % of both are left out, for guidance with two scales.
 
 Most of a scene is flat background, which is learned at once; cells that hold an object, in either picture, count more in the loss, so that what is not
-spoken of learns to stay.
+spoken of learns to stay. A share of the rows asks for two edits at once (`compounds`), in one sentence or by joined text states.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from . import train_text_to_image as base
 from .autoencoder import SCALE, Autoencoder
 from .checkpoint import TEXT_PREFIX, UNET_PREFIX
+from .compounds import compound, join
 from .instructions import triple, vocabulary
 from .nets import attention_for_training, new_text_encoder, new_unet, text_states
 from .optim import Trainer
@@ -26,6 +28,7 @@ from .scenes import render
 from .tokens import GrammarTokens
 
 BATCH, POOL, RATE, TRAIN_SEED = 64, 24_000, 1e-3, 9_000_000
+COMPOUNDS, COMPOUND_SHARE, COMPOUND_SEED = 8_000, 0.3, 9_500_000  # pool, share of the rows and seeds of two edits at once
 DROPOUT = 0.05  # of text alone, of the picture alone, of both
 # the picture's channels start as a share of the noisy latent's: the net then sees the picture through the noise from the first step on (the paper starts at zero)
 SEEN = 0.5
@@ -51,18 +54,18 @@ def start_from(weights: dict[str, torch.Tensor], tokens: GrammarTokens) -> dict[
     return {**state, table: new}
 
 
-def precompute(folder: Path, autoencoder: Autoencoder, count: int) -> torch.Tensor:
-    """Latents of the pictures before and after at unit spread, fp16 [count, 2, 4, 16, 16]; drawn once, then read from `folder`."""
+def precompute(folder: Path, autoencoder: Autoencoder, count: int, draw: Callable, first: int) -> torch.Tensor:
+    """Latents of the pictures before and after at unit spread, fp16 [count, 2, 4, 16, 16], of draw(first), draw(first + 1) ...; made once, then read from `folder`."""
     # of another autoencoder, or another grammar, they would be useless, silently
-    made = repr([triple(TRAIN_SEED + i) for i in range(40)]).encode()
+    made = repr([draw(first + i) for i in range(40)]).encode()
     digest = hashlib.sha256(made + b"".join(v.numpy().tobytes() for _, v in sorted(autoencoder.state_dict().items()))).hexdigest()[:12]
     file = Path(folder) / f"pairs-{count}-{digest}.safetensors"
     if file.exists():
         return load_file(file)["latents"]
     parts = []
     for start in range(0, count, 100):
-        triples = [triple(TRAIN_SEED + i) for i in range(start, min(start + 100, count))]
-        drawn = np.stack([render(scene) for found in triples for scene in (found.before, found.after)])
+        found = [draw(first + i) for i in range(start, min(start + 100, count))]
+        drawn = np.stack([render(scene) for one in found for scene in (one.before, one.after)])
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             parts.append((autoencoder.encode(torch.from_numpy(drawn).movedim(-1, 1) * 2 - 1) * SCALE).half())
         if start % 2000 == 0:
@@ -73,6 +76,34 @@ def precompute(folder: Path, autoencoder: Autoencoder, count: int) -> torch.Tens
     save_file({"latents": latents}, partial)
     partial.replace(file)
     return latents
+
+
+class Rows:
+    """Pools of triples and of compounds, and batches of both."""
+
+    def __init__(self, folder: Path, autoencoder: Autoencoder, tokens: GrammarTokens):
+        self.latents = torch.cat([precompute(folder, autoencoder, POOL, triple, TRAIN_SEED), precompute(folder, autoencoder, COMPOUNDS, compound, COMPOUND_SEED)])
+        singles = [triple(TRAIN_SEED + i).instruction for i in range(POOL)]
+        pairs = [compound(COMPOUND_SEED + i) for i in range(COMPOUNDS)]
+        self.empty = tokens.encode("")
+        # of single instructions, of sentences that ask for two edits, and of the two instructions alone
+        self.words = torch.stack([tokens.encode(text) for text in singles + [one.instruction for one in pairs]])
+        self.first, self.second = (torch.stack([tokens.encode(getattr(one, which).instruction) for one in pairs]) for which in ("first", "second"))
+
+    def batch(self, size: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(latents [size, 2, 4, 16, 16], ids [size, 77], ids of what `join` puts behind them, how many of those: 0 for none)."""
+        two, joined = torch.rand(size, generator=g) < COMPOUND_SHARE, torch.rand(size, generator=g) < 0.5
+        single, double = torch.randint(POOL, (size,), generator=g), torch.randint(COMPOUNDS, (size,), generator=g)
+        pick = torch.where(two, POOL + double, single)
+        joined &= two
+        ids = torch.where(joined[:, None], self.first[double], self.words[pick])
+        more = torch.where(joined[:, None], self.second[double], self.empty)
+        return self.latents[pick], ids, more, lengths(more) * joined
+
+
+def lengths(ids: torch.Tensor) -> torch.Tensor:
+    """Number of tokens before the first end token [B], the start token counted, of compact ids [B, 77]."""
+    return (ids[:, 1:] == ids[:, -1:]).int().argmax(1) + 1
 
 
 def cell_weights(*pictures: torch.Tensor) -> torch.Tensor:
@@ -96,32 +127,34 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
     model = torch.nn.ModuleDict({"unet": new_unet(in_channels=8), "text": new_text_encoder(tokens.unknown + 1)})
     model.load_state_dict(start_from(weights, tokens), strict=False)
     model.to(device)
-    latents, abar = precompute(folder, autoencoder, POOL), base.schedule().to(device)
+    rows, abar = Rows(folder, autoencoder, tokens), base.schedule().to(device)
     trainer = Trainer(model, folder, minutes, RATE, seed, muon=base.muon_weights(model))
     if resume:
         trainer.resume()
-    words = torch.stack([tokens.encode(triple(TRAIN_SEED + i).instruction) for i in range(POOL)])
-    empty, g, going = tokens.encode(""), trainer.generator, True
+    g, going = trainer.generator, True
 
-    def predict(noisy, t, ids):
+    def predict(noisy, t, ids, more, end, count):
         with torch.autocast(device.type, torch.bfloat16):
-            return model["unet"](noisy, t, context=text_states(model["text"], ids), transformer_options={"optimized_attention_override": attention_for_training}).float()
+            context = text_states(model["text"], ids)
+            if (used := count > 0).any():
+                context = context.index_put((used,), join(context[used], text_states(model["text"], more[used]), end[used], count[used]))
+            return model["unet"](noisy, t, context=context, transformer_options={"optimized_attention_override": attention_for_training}).float()
 
     if compiled:
         print("compiling, some minutes without a line", flush=True)
         predict = torch.compile(predict, dynamic=False)
     with trainer.saving():
         while going:
-            pick = torch.randint(POOL, (BATCH,), generator=g)
-            before, clean = latents[pick].to(device).float().unbind(1)
+            latents, ids, more, count = rows.batch(BATCH, g)
+            before, clean = latents.to(device).float().unbind(1)
             chance = torch.rand(BATCH, generator=g)
             blind, mute = (chance < 2 * DROPOUT), (chance >= DROPOUT) & (chance < 3 * DROPOUT)
-            ids = torch.where(mute[:, None], empty, words[pick]).to(device)
+            ids, count = torch.where(mute[:, None], rows.empty, ids), count * ~mute
             t = base.batch_steps(g, BATCH).to(device)
             noise = base.draw_noise(clean.shape, g).to(device)
             a = abar[t][:, None, None, None]
             picture = before / SCALE * (~blind).to(device)[:, None, None, None]
-            predicted = predict(torch.cat([a.sqrt() * clean + (1 - a).sqrt() * noise, picture], 1), t.float(), ids)
+            predicted = predict(torch.cat([a.sqrt() * clean + (1 - a).sqrt() * noise, picture], 1), t.float(), *(x.to(device) for x in (ids, more, lengths(ids), count)))
             loss = (base.weights_at(abar[t]) * (cell_weights(before, clean) * (predicted - noise).square()).mean((1, 2, 3))).mean()
             going = trainer.update(loss, BATCH)
     trainer.report()
@@ -130,6 +163,6 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
     state = {prefixes[key[:5]] + key[5:]: value for key, value in trainer.averaged().items() if "text_projection" not in key}
     state["token_ids"] = torch.tensor(tokens.ids, dtype=torch.int32)
     return state, {
-        "recipe": "instruct_pix2pix", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "triples": POOL, "conditioning_dropout": DROPOUT, "object_weight": OBJECTS,
+        "recipe": "instruct_pix2pix", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "triples": POOL, "compounds": COMPOUNDS, "conditioning_dropout": DROPOUT, "object_weight": OBJECTS,
         "offset_noise": base.OFFSET_NOISE,
     }

@@ -42,22 +42,41 @@ def test_captions_keep_their_vectors_and_instructions_get_new_ones(base):
 
 def test_pairs_are_the_triples_before_and_after(tmp_path):
     net = autoencoder.Autoencoder().eval()
-    latents = recipe.precompute(tmp_path, net, 3)
+    latents = recipe.precompute(tmp_path, net, 3, triple, recipe.TRAIN_SEED)
     assert latents.shape == (3, 2, 4, 16, 16) and latents.dtype == torch.float16
     found = triple(recipe.TRAIN_SEED)
     from palimpsest.devtools.scoring import pictures
 
     expected = torch.stack([net.encode(pictures([scene]).movedim(-1, 1) * 2 - 1)[0] * autoencoder.SCALE for scene in (found.before, found.after)])
     assert torch.allclose(latents[0].float(), expected, atol=0.05)
-    assert torch.equal(recipe.precompute(tmp_path, net, 3), latents), "read from the folder"
+    assert torch.equal(recipe.precompute(tmp_path, net, 3, triple, recipe.TRAIN_SEED), latents), "read from the folder"
 
 
-def test_another_grammar_draws_its_pairs_anew(tmp_path, monkeypatch):
+def test_another_grammar_draws_its_pairs_anew(tmp_path):
     net = autoencoder.Autoencoder().eval()
-    recipe.precompute(tmp_path, net, 2)
-    monkeypatch.setattr(recipe, "triple", lambda seed: triple(seed + 1000))
-    recipe.precompute(tmp_path, net, 2)
+    recipe.precompute(tmp_path, net, 2, triple, 0)
+    recipe.precompute(tmp_path, net, 2, lambda seed: triple(seed + 1000), 0)
     assert len(list(tmp_path.glob("pairs-2-*.safetensors"))) == 2
+
+
+def test_rows_are_triples_and_compounds_with_their_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "POOL", 3)
+    monkeypatch.setattr(recipe, "COMPOUNDS", 3)
+    words = tokens.GrammarTokens(vocabulary())
+    rows = recipe.Rows(tmp_path, autoencoder.Autoencoder().eval(), words)
+    latents, ids, more, count = rows.batch(300, torch.Generator().manual_seed(0))
+    singles = {tuple(words.encode(triple(recipe.TRAIN_SEED + i).instruction).tolist()): i for i in range(3)}
+    pairs = [recipe.compound(recipe.COMPOUND_SEED + i) for i in range(3)]
+    sentences = {tuple(words.encode(pair.instruction).tolist()): 3 + i for i, pair in enumerate(pairs)}
+    firsts = {(tuple(words.encode(pair.first.instruction).tolist()), tuple(words.encode(pair.second.instruction).tolist())): 3 + i for i, pair in enumerate(pairs)}
+    seen = {"single": 0, "sentence": 0, "joined": 0}
+    for latent, row, second, number in zip(latents, ids, more, count):
+        row, second = tuple(row.tolist()), tuple(second.tolist())
+        kind, place = ("joined", firsts[row, second]) if number else ("single", singles[row]) if row in singles else ("sentence", sentences[row])
+        assert torch.equal(latent, rows.latents[place])
+        assert number == (0 if kind != "joined" else second.index(words.compact[tokens.END]))
+        seen[kind] += 1
+    assert 0.6 < seen["single"] / 300 < 0.8 and min(seen.values()) > 25
 
 
 def test_cells_of_objects_count_more_in_either_picture():
@@ -77,6 +96,7 @@ def test_what_is_trained_loads_as_an_edit_model(base, tmp_path, monkeypatch):
     for module in (checkpoint, train):
         monkeypatch.setattr(module, "WEIGHTS", tmp_path)
     monkeypatch.setattr(recipe, "POOL", 4)
+    monkeypatch.setattr(recipe, "COMPOUNDS", 4)
     monkeypatch.setattr(recipe, "BATCH", 4)
     monkeypatch.setattr(optim, "WARMUP", 1)
     monkeypatch.setattr(train, "ROOT", tmp_path)
