@@ -124,11 +124,16 @@ def architecture_name(model) -> str:
 
 
 def unet_layers(model) -> UNetLayers:
-    """The layers of the UNet behind a MODEL. Raises ValueError like `architecture_name`."""
+    """The layers of the UNet behind a MODEL. Raises ValueError like `architecture_name`, and for a Versatile Diffusion with both attention sets."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 
     architecture = architecture_name(model)
     unet = model.model.diffusion_model
+    if getattr(unet, "paired", False):
+        raise ValueError(
+            "The connected model is a Versatile Diffusion with an attention for texts and one for pictures in every layer, and edits of attention know one: "
+            "set flows to text or image in Versatile Diffusion Loader."
+        )
     attention, resblocks, halvings, level = {}, set(), {}, 0
     middle = [] if unet.middle_block is None else [unet.middle_block]
     for part, blocks in zip(PARTS, (unet.input_blocks, middle, unet.output_blocks)):
