@@ -55,7 +55,7 @@ def compound(seed: int) -> Compound:
                 break
             made.append(Triple(scene, found[0], found[1], kind, found[2]))
             scene = found[1]
-        # the second edit may undo what the first one's words call the object by, but not make two objects alike
+        # objects that an edit has made alike could not be told apart
         if len(made) == 2 and len({(o.shape, o.color, o.place) for o in scene.objects}) == len(scene.objects):
             return Compound(*made)
 
@@ -63,7 +63,7 @@ def compound(seed: int) -> Compound:
 def join(first: torch.Tensor, second: torch.Tensor, end: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Text states `first` [B, T, C] with the first `count` [B] of `second` [B, T, C] from position `end` + GAP on; a count of 0 leaves a row as it is.
 
-    end: positions of first's end tokens [B]. What would stand beyond T is dropped.
+    end: positions of first's end tokens [B]; -GAP lets second begin at position 0. What would stand beyond T is dropped.
     """
     source = torch.arange(first.shape[1], device=first.device) - (end[:, None] + GAP)
     inside = (source >= 0) & (source < count[:, None])

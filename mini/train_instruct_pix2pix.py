@@ -4,7 +4,9 @@ The text-to-image model with four more input channels, the latent of the picture
 instructions, 5 % of the pictures and 5 % of both are left out, for guidance with two scales.
 
 Most of a scene is flat background, which is learned at once; cells that hold an object, in either picture, count more in the loss, so that what is not
-spoken of learns to stay. A share of the rows asks for two edits at once (`compounds`), in one sentence or by joined text states.
+spoken of learns to stay. A share of the rows asks for two edits at once (`compounds`), in one sentence or by joined text states. Another share has an
+instruction's words before the padding of the empty text: Visii learns words alone, and without these rows the model read its edits off the padding,
+which sums up the text.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from . import train_text_to_image as base
 from .autoencoder import SCALE, Autoencoder
 from .checkpoint import TEXT_PREFIX, UNET_PREFIX
-from .compounds import compound, join
+from .compounds import GAP, compound, join
 from .instructions import triple, vocabulary
 from .nets import attention_for_training, new_text_encoder, new_unet, text_states
 from .optim import Trainer
@@ -29,6 +31,7 @@ from .tokens import GrammarTokens
 
 BATCH, POOL, RATE, TRAIN_SEED = 64, 24_000, 1e-3, 9_000_000
 COMPOUNDS, COMPOUND_SHARE, COMPOUND_SEED = 8_000, 0.3, 9_500_000  # pool, share of the rows and seeds of two edits at once
+WORDS_ALONE = 0.3  # of the rows of one edit
 DROPOUT = 0.05  # of text alone, of the picture alone, of both
 # the picture's channels start as a share of the noisy latent's: the net then sees the picture through the noise from the first step on (the paper starts at zero)
 SEEN = 0.5
@@ -90,15 +93,16 @@ class Rows:
         self.words = torch.stack([tokens.encode(text) for text in singles + [one.instruction for one in pairs]])
         self.first, self.second = (torch.stack([tokens.encode(getattr(one, which).instruction) for one in pairs]) for which in ("first", "second"))
 
-    def batch(self, size: int, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(latents [size, 2, 4, 16, 16], ids [size, 77], ids of what `join` puts behind them, how many of those: 0 for none)."""
-        two, joined = torch.rand(size, generator=g) < COMPOUND_SHARE, torch.rand(size, generator=g) < 0.5
+    def batch(self, size: int, g: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """(latents [size, 2, 4, 16, 16], ids [size, 77], ids of what `join` puts among their states, where and how many of those: 0 for none)."""
+        two, other = torch.rand(size, generator=g) < COMPOUND_SHARE, torch.rand(size, generator=g)
         single, double = torch.randint(POOL, (size,), generator=g), torch.randint(COMPOUNDS, (size,), generator=g)
         pick = torch.where(two, POOL + double, single)
-        joined &= two
+        joined, alone = two & (other < 0.5), ~two & (other < WORDS_ALONE)
         ids = torch.where(joined[:, None], self.first[double], self.words[pick])
-        more = torch.where(joined[:, None], self.second[double], self.empty)
-        return self.latents[pick], ids, more, lengths(more) * joined
+        more = torch.where(joined[:, None], self.second[double], ids)
+        ids = torch.where(alone[:, None], self.empty, ids)
+        return self.latents[pick], ids, more, torch.where(alone, -GAP, lengths(ids)), lengths(more) * (joined | alone)
 
 
 def lengths(ids: torch.Tensor) -> torch.Tensor:
@@ -145,7 +149,7 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
         predict = torch.compile(predict, dynamic=False)
     with trainer.saving():
         while going:
-            latents, ids, more, count = rows.batch(BATCH, g)
+            latents, ids, more, end, count = rows.batch(BATCH, g)
             before, clean = latents.to(device).float().unbind(1)
             chance = torch.rand(BATCH, generator=g)
             blind, mute = (chance < 2 * DROPOUT), (chance >= DROPOUT) & (chance < 3 * DROPOUT)
@@ -154,7 +158,7 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
             noise = base.draw_noise(clean.shape, g).to(device)
             a = abar[t][:, None, None, None]
             picture = before / SCALE * (~blind).to(device)[:, None, None, None]
-            predicted = predict(torch.cat([a.sqrt() * clean + (1 - a).sqrt() * noise, picture], 1), t.float(), *(x.to(device) for x in (ids, more, lengths(ids), count)))
+            predicted = predict(torch.cat([a.sqrt() * clean + (1 - a).sqrt() * noise, picture], 1), t.float(), *(x.to(device) for x in (ids, more, end, count)))
             loss = (base.weights_at(abar[t]) * (cell_weights(before, clean) * (predicted - noise).square()).mean((1, 2, 3))).mean()
             going = trainer.update(loss, BATCH)
     trainer.report()
@@ -163,6 +167,6 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
     state = {prefixes[key[:5]] + key[5:]: value for key, value in trainer.averaged().items() if "text_projection" not in key}
     state["token_ids"] = torch.tensor(tokens.ids, dtype=torch.int32)
     return state, {
-        "recipe": "instruct_pix2pix", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "triples": POOL, "compounds": COMPOUNDS, "conditioning_dropout": DROPOUT, "object_weight": OBJECTS,
-        "offset_noise": base.OFFSET_NOISE,
+        "recipe": "instruct_pix2pix", **trainer.record(BATCH), "data_seed": TRAIN_SEED, "triples": POOL, "compounds": COMPOUNDS, "words_alone": WORDS_ALONE,
+        "conditioning_dropout": DROPOUT, "object_weight": OBJECTS, "offset_noise": base.OFFSET_NOISE,
     }

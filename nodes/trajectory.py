@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 
-import folder_paths
 from comfy_api.latest import io
 
-from ..common import files
+from ..common.files import workflow_of
+from ..common.saved import Kind, saved_line
 from ..inversion.display import show
 from ..inversion.sockets import TrajectoryType
 from ..inversion.storage import SUFFIX, load_trajectory, save_trajectory
 
-EXTENSION = ".safetensors"
-FOLDER = "trajectories"  # below the output folder: where Save Trajectory writes unless told otherwise
-NO_FILES = "none found"
-
-
-def trajectory_files() -> list[str]:
-    """Names for the widget: safetensors files of the input folder, and of the output folder's own place for trajectories, marked [output].
-
-    Names that are not in the list can be given all the same.
-    """
-    saved = files.listed(os.path.join(folder_paths.get_output_directory(), FOLDER), (SUFFIX,))
-    return files.listed(folder_paths.get_input_directory(), (EXTENSION,)) + [f"{FOLDER}/{name} [output]" for name in saved]
-
-
-def resolve(name: str) -> str:
-    """Full path of a widget value. Raises ValueError for a name that leaves the host's folders."""
-    return files.resolve(name, "trajectory")
+FILES = Kind("trajectory", "trajectories", SUFFIX, (".safetensors",), "Save Trajectory")
 
 
 class SaveTrajectory(io.ComfyNode):
@@ -44,7 +27,7 @@ class SaveTrajectory(io.ComfyNode):
                 TrajectoryType.Input("trajectory", tooltip="From DDIM Invert."),
                 io.String.Input(
                     "filename_prefix",
-                    default=f"{FOLDER}/palimpsest",
+                    default=FILES.prefix,
                     tooltip="Folder and beginning of the file name below the output folder; a counter is added. %year%, %month%, %day% and the like are filled in. "
                     "Load Trajectory lists the folder trajectories.",
                 ),
@@ -58,12 +41,9 @@ class SaveTrajectory(io.ComfyNode):
 
     @classmethod
     def execute(cls, trajectory, filename_prefix) -> io.NodeOutput:
-        folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        name = f"{filename}_{counter:05}_{SUFFIX}"
-        path = os.path.join(folder, name)
-        skipped = save_trajectory(trajectory, path, files.workflow_of(cls))
-        listed = f"{subfolder}/{name} [output]".lstrip("/").replace(os.sep, "/")
-        text = f"Saved {listed[: -len(' [output]')]} ({os.path.getsize(path) / 1e6:.1f} MB)"
+        path, listed = FILES.new_file(filename_prefix)
+        skipped = save_trajectory(trajectory, path, workflow_of(cls))
+        text = saved_line(listed, path)
         if skipped:
             text += f"\nNot saved from the conditioning: {', '.join(skipped)}; connect them again after loading."
             logging.info("Palimpsest: Save Trajectory left out of the conditioning what no file can hold: %s", ", ".join(skipped))
@@ -81,7 +61,7 @@ class LoadTrajectory(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=trajectory_files() or [NO_FILES],
+                    options=FILES.options(),
                     tooltip="A trajectory file of the input folder, or of output/trajectories (marked [output]). Press R to refresh the list.",
                 ),
             ],
@@ -94,7 +74,7 @@ class LoadTrajectory(io.ComfyNode):
 
     @classmethod
     def execute(cls, file) -> io.NodeOutput:
-        trajectory = load_trajectory(resolve(file))
+        trajectory = load_trajectory(FILES.resolve(file))
         batch, channels, height, width = trajectory.latents.shape[1:]
         report = (
             f"{trajectory.architecture}, predicts {trajectory.prediction}; {trajectory.steps} steps, sigma {float(trajectory.sigmas[0]):.4g} to "
@@ -107,24 +87,11 @@ class LoadTrajectory(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        # taking over this check lets API users name a file that was saved after the list was made
-        if file == NO_FILES:
-            return "There is no trajectory file yet: save one with Save Trajectory, or copy one into the input folder."
-        try:
-            path = resolve(file)
-        except ValueError as error:
-            return str(error)
-        if not os.path.isfile(path):
-            return f"The trajectory file {file} does not exist: choose another, or save one with Save Trajectory."
-        return True
+        return FILES.check(file)
 
     @classmethod
-    def fingerprint_inputs(cls, file):
-        try:
-            status = os.stat(resolve(file))
-        except (OSError, ValueError):
-            return file
-        return f"{status.st_mtime_ns}:{status.st_size}"
+    def fingerprint_inputs(cls, file, **kwargs):
+        return FILES.stamp(file)
 
 
 NODES = [SaveTrajectory, LoadTrajectory]

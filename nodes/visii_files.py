@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-import folder_paths
 from comfy_api.latest import io
 
-from ..common import files
+from ..common.files import workflow_of
+from ..common.saved import Kind, saved_line
 from ..inversion.display import show
 from ..visii.instruction import check_same_encoder
 from ..visii.published import SUFFIXES, load_published
@@ -16,25 +14,7 @@ from ..visii.start import null_text
 from ..visii.storage import SUFFIX, load_instruction, save_instruction
 from .visii import CATEGORY, instruction_outputs
 
-FOLDER = "instructions"  # below the output folder: where Save Instruction writes unless told otherwise
-NO_FILES = "none found"
-
-
-def instruction_files() -> list[str]:
-    """Names for the widget: instructions and files of torch in the input folder, and of the output folder's own place for instructions, marked [output].
-
-    Names that are not in the list can be given all the same.
-    """
-    saved = files.listed(os.path.join(folder_paths.get_output_directory(), FOLDER), (SUFFIX,))
-    return files.listed(folder_paths.get_input_directory(), (SUFFIX, *SUFFIXES)) + [f"{FOLDER}/{name} [output]" for name in saved]
-
-
-def resolve(name: str) -> str:
-    """Full path of a widget value. Raises ValueError, one sentence, for a name that leaves the host's folders or is of no kind that is read."""
-    path = files.resolve(name, "instruction")
-    if not path.lower().endswith((".safetensors", *SUFFIXES)):
-        raise ValueError(f"An instruction is a .safetensors file, or a .pt of the released code, but {name} is neither: choose one written by Save Instruction.")
-    return path
+FILES = Kind("instruction", "instructions", SUFFIX, (".safetensors", *SUFFIXES), "Save Instruction", (SUFFIX, *SUFFIXES))
 
 
 class VisiiSaveInstruction(io.ComfyNode):
@@ -49,7 +29,7 @@ class VisiiSaveInstruction(io.ComfyNode):
                 InstructionType.Input("instruction", tooltip="From Visii Learn Instruction, Combine Instruction with Text or Blend Instructions."),
                 io.String.Input(
                     "filename_prefix",
-                    default=f"{FOLDER}/palimpsest",
+                    default=FILES.prefix,
                     tooltip="Folder and beginning of the file name below the output folder; a counter is added. %year%, %month%, %day% and the like are filled in. "
                     "Load Instruction lists the folder instructions.",
                 ),
@@ -61,12 +41,9 @@ class VisiiSaveInstruction(io.ComfyNode):
 
     @classmethod
     def execute(cls, instruction, filename_prefix) -> io.NodeOutput:
-        folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        name = f"{filename}_{counter:05}_{SUFFIX}"
-        path = os.path.join(folder, name)
-        save_instruction(instruction, path, files.workflow_of(cls))
-        listed = f"{subfolder}/{name} [output]".lstrip("/").replace(os.sep, "/")
-        return io.NodeOutput(listed, ui=show(cls, f"Saved {listed[: -len(' [output]')]} ({os.path.getsize(path) / 1e6:.2f} MB)"))
+        path, listed = FILES.new_file(filename_prefix)
+        save_instruction(instruction, path, workflow_of(cls))
+        return io.NodeOutput(listed, ui=show(cls, saved_line(listed, path)))
 
 
 class VisiiLoadInstruction(io.ComfyNode):
@@ -80,7 +57,7 @@ class VisiiLoadInstruction(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=instruction_files() or [NO_FILES],
+                    options=FILES.options(),
                     tooltip="A file of the input folder, or of output/instructions (marked [output]). Press R to refresh the list.",
                 ),
                 io.String.Input(
@@ -99,7 +76,7 @@ class VisiiLoadInstruction(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, start_text, clip=None) -> io.NodeOutput:
-        path = resolve(file)
+        path = FILES.resolve(file)
         if path.lower().endswith(SUFFIXES):
             instruction = load_published(path, start_text, clip)
         else:
@@ -127,26 +104,11 @@ class VisiiLoadInstruction(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file):
-        # taking over this check lets API users name a file that was saved after the list was made
-        if file is None:  # linked from another node, known only when it runs
-            return True
-        if file == NO_FILES:
-            return "There is no instruction file yet: save one with Save Instruction, or copy one into the input folder."
-        try:
-            path = resolve(file)
-        except ValueError as error:
-            return str(error)
-        if not os.path.isfile(path):
-            return f"The instruction file {file} does not exist: choose another, or save one with Save Instruction."
-        return True
+        return FILES.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
-        try:
-            status = os.stat(resolve(file))
-        except (OSError, ValueError):
-            return file
-        return f"{status.st_mtime_ns}:{status.st_size}"
+        return FILES.stamp(file)
 
 
 NODES = [VisiiSaveInstruction, VisiiLoadInstruction]

@@ -83,6 +83,21 @@ def oldest_server():
 
 
 @pytest.fixture
+def folders(tmp_path):
+    """The host's input and output folders, empty ones for this test, below the returned path."""
+    import folder_paths
+
+    before = folder_paths.get_input_directory(), folder_paths.get_output_directory()
+    for name in ("input", "output"):
+        (tmp_path / name).mkdir()
+    folder_paths.set_input_directory(str(tmp_path / "input"))
+    folder_paths.set_output_directory(str(tmp_path / "output"))
+    yield tmp_path
+    folder_paths.set_input_directory(before[0])
+    folder_paths.set_output_directory(before[1])
+
+
+@pytest.fixture
 def keeps_serving(server):
     """For tests that make the server fail: afterwards it must still answer and run a stock graph to its picture.
 

@@ -120,7 +120,8 @@ def make_direction(clip_vision, name: str, before: Tensor, after: Tensor, width:
                 "load the vision model of the same CLIP, or set the text projection to none."
             )
         features.append(embeds)
-    vector = direction_between(*features)
+    # outside the host's inference mode the tower's features carry gradients
+    vector = plain(direction_between(*features))
     if not bool(torch.isfinite(vector).all()) or float(vector.norm()) < 0.5:
         return Direction(reason="the CLIP_VISION sees no difference between the pictures")
-    return Direction(plain(vector), projection)
+    return Direction(vector, projection)

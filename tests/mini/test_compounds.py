@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from palimpsest.mini.compounds import COMPOUND_KINDS, compound, join
+from palimpsest.mini.compounds import COMPOUND_KINDS, GAP, compound, join
 from palimpsest.mini.instructions import vocabulary
 from palimpsest.mini.tokens import GrammarTokens
 from palimpsest.visii import compose
@@ -36,16 +36,16 @@ def test_every_word_is_in_the_grammar():
     assert not any((tokens.encode(one.instruction) == tokens.unknown).any() for one in COMPOUNDS)
 
 
-def test_joined_states_are_those_of_a_hybrid_instruction(monkeypatch):
+@pytest.mark.parametrize("row, end, count", [(0, 3, 2), (1, 4, 3)])
+def test_joined_states_are_those_of_a_hybrid_instruction(row, end, count, monkeypatch):
     """The recipe's way against the node's: `combine` with a text encoder of known states."""
     first, second = torch.randn(2, 12, 4), torch.randn(2, 12, 4)
+    monkeypatch.setattr(compose, "read_text", lambda clip, text, what: (None, count))
+    monkeypatch.setattr(compose, "encode", lambda clip, text, what: (second[row:row + 1], {}))
+    monkeypatch.setattr(compose, "null_text", lambda clip: (torch.zeros(1, 12, 4), {}))
+    expected = compose.combine(Instruction(first[row:row + 1], torch.zeros(1, 12, 4), end, "one"), None, "two")
     joined = join(first, second, torch.tensor([3, 4]), torch.tensor([2, 3]))
-    for row, (end, count) in enumerate(((3, 2), (4, 3))):
-        monkeypatch.setattr(compose, "read_text", lambda clip, text, what: (None, count))
-        monkeypatch.setattr(compose, "encode", lambda clip, text, what: (second[row:row + 1], {}))
-        monkeypatch.setattr(compose, "null_text", lambda clip: (torch.zeros(1, 12, 4), {}))
-        expected = compose.combine(Instruction(first[row:row + 1], torch.zeros(1, 12, 4), end, "one"), None, "two")
-        assert torch.equal(joined[row:row + 1], expected.tokens)
+    assert torch.equal(joined[row:row + 1], expected.tokens)
 
 
 @pytest.mark.parametrize("end, count, kept", [(3, 0, range(12)), (9, 4, range(11)), (11, 3, range(12))])
@@ -54,3 +54,9 @@ def test_what_is_not_joined_or_does_not_fit_stays(end, count, kept):
     joined = join(first, second, torch.tensor([end]), torch.tensor([count]))
     same = [position for position in range(12) if torch.equal(joined[0, position], first[0, position])]
     assert same == list(kept)
+
+
+def test_words_can_stand_before_another_texts_padding():
+    first, second = torch.randn(1, 12, 4), torch.randn(1, 12, 4)
+    joined = join(first, second, torch.tensor([-GAP]), torch.tensor([4]))
+    assert torch.equal(joined, torch.cat([second[:, :4], first[:, 4:]], 1))

@@ -64,19 +64,24 @@ def test_rows_are_triples_and_compounds_with_their_words(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "COMPOUNDS", 3)
     words = tokens.GrammarTokens(vocabulary())
     rows = recipe.Rows(tmp_path, autoencoder.Autoencoder().eval(), words)
-    latents, ids, more, count = rows.batch(300, torch.Generator().manual_seed(0))
+    latents, ids, more, end, count = rows.batch(300, torch.Generator().manual_seed(0))
     singles = {tuple(words.encode(triple(recipe.TRAIN_SEED + i).instruction).tolist()): i for i in range(3)}
     pairs = [recipe.compound(recipe.COMPOUND_SEED + i) for i in range(3)]
     sentences = {tuple(words.encode(pair.instruction).tolist()): 3 + i for i, pair in enumerate(pairs)}
     firsts = {(tuple(words.encode(pair.first.instruction).tolist()), tuple(words.encode(pair.second.instruction).tolist())): 3 + i for i, pair in enumerate(pairs)}
-    seen = {"single": 0, "sentence": 0, "joined": 0}
-    for latent, row, second, number in zip(latents, ids, more, count):
+    stop, empty = words.compact[tokens.END], tuple(words.encode("").tolist())
+    seen = dict.fromkeys(("single", "sentence", "joined", "alone"), 0)
+    for latent, row, second, place, number in zip(latents, ids, more, end.tolist(), count.tolist()):
         row, second = tuple(row.tolist()), tuple(second.tolist())
-        kind, place = ("joined", firsts[row, second]) if number else ("single", singles[row]) if row in singles else ("sentence", sentences[row])
-        assert torch.equal(latent, rows.latents[place])
-        assert number == (0 if kind != "joined" else second.index(words.compact[tokens.END]))
+        if row == empty:
+            kind, source, expected = "alone", singles[second], (-recipe.GAP, second.index(stop))
+        elif number:
+            kind, source, expected = "joined", firsts[row, second], (row.index(stop), second.index(stop))
+        else:
+            kind, source, expected = ("single", singles[row], (row.index(stop), 0)) if row in singles else ("sentence", sentences[row], (row.index(stop), 0))
+        assert torch.equal(latent, rows.latents[source]) and (place, number) == expected
         seen[kind] += 1
-    assert 0.6 < seen["single"] / 300 < 0.8 and min(seen.values()) > 25
+    assert 0.4 < seen["single"] / 300 < 0.6 and min(seen.values()) > 25
 
 
 def test_cells_of_objects_count_more_in_either_picture():

@@ -3,24 +3,13 @@
 import os
 from pathlib import Path
 
-import folder_paths
 import pytest
 import torch
 from palimpsest.inversion.trajectory import Trajectory
-from palimpsest.nodes.trajectory import LoadTrajectory, SaveTrajectory, resolve, trajectory_files
+from palimpsest.nodes.trajectory import FILES, LoadTrajectory, SaveTrajectory
 from safetensors.torch import save_file
 
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path):
-    before = folder_paths.get_input_directory(), folder_paths.get_output_directory()
-    for name in ("input", "output"):
-        (tmp_path / name).mkdir()
-    folder_paths.set_input_directory(str(tmp_path / "input"))
-    folder_paths.set_output_directory(str(tmp_path / "output"))
-    yield tmp_path
-    folder_paths.set_input_directory(before[0])
-    folder_paths.set_output_directory(before[1])
+pytestmark = pytest.mark.usefixtures("folders")
 
 
 def example(**changes):
@@ -43,7 +32,7 @@ def test_save_then_load():
     out = saved()
     name = out.args[0]
     assert name == "trajectories/one_00001_.trajectory.safetensors [output]"
-    assert name in trajectory_files()
+    assert name in FILES.names()
     assert LoadTrajectory.validate_inputs(name) is True
     trajectory, report = LoadTrajectory.execute(name).args
     assert torch.equal(trajectory.latents, example().latents)
@@ -70,7 +59,7 @@ def test_the_list_holds_input_files_and_saved_trajectories_but_no_saved_checkpoi
     saved()
     save_file({"w": torch.ones(1)}, str(folders / "output" / "checkpoint.safetensors"))
     save_file({"w": torch.ones(1)}, str(folders / "input" / "mine.safetensors"))
-    assert trajectory_files() == ["mine.safetensors", "trajectories/one_00001_.trajectory.safetensors [output]"]
+    assert FILES.names() == ["mine.safetensors", "trajectories/one_00001_.trajectory.safetensors [output]"]
 
 
 def test_the_list_does_not_walk_through_all_folders(folders, monkeypatch):
@@ -79,7 +68,7 @@ def test_the_list_does_not_walk_through_all_folders(folders, monkeypatch):
     (folders / "input" / "sub").mkdir()
     save_file({"w": torch.ones(1)}, str(folders / "input" / "sub" / "mine.safetensors"))
     monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("walked"))
-    assert trajectory_files() == []
+    assert FILES.names() == []
     assert LoadTrajectory.validate_inputs(name) is True, "API users may still name it"
     assert torch.equal(LoadTrajectory.execute(name).args[0].latents, example().latents)
 
@@ -87,19 +76,19 @@ def test_the_list_does_not_walk_through_all_folders(folders, monkeypatch):
 def test_the_list_of_a_host_without_those_folders_is_empty(folders):
     for name in ("input", "output"):
         (folders / name).rmdir()
-    assert trajectory_files() == []
+    assert FILES.names() == []
 
 
 def test_a_changed_file_is_read_again():
     name = saved().args[0]
     before = LoadTrajectory.fingerprint_inputs(name)
     assert LoadTrajectory.fingerprint_inputs(name) == before
-    path = resolve(name)
+    path = FILES.resolve(name)
     os.utime(path, ns=(1, 1))
     assert LoadTrajectory.fingerprint_inputs(name) != before
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "../output/x [output]", "a/../../b.safetensors [input]", "/etc/passwd"])
+@pytest.mark.parametrize("name", ["../secret.safetensors", "../output/x.safetensors [output]", "a/../../b.safetensors [input]", "/etc/passwd"])
 def test_names_that_leave_the_folders_are_refused(folders, name):
     (folders / "secret.safetensors").write_bytes(b"x")
     with_refusal = LoadTrajectory.validate_inputs(name)

@@ -2,28 +2,16 @@
 
 import os
 
-import folder_paths
 import pytest
 import torch
 
-from palimpsest.nodes.visii_files import NODES, VisiiLoadInstruction, VisiiSaveInstruction, instruction_files, resolve
+from palimpsest.nodes.visii_files import FILES, NODES, VisiiLoadInstruction, VisiiSaveInstruction
 from palimpsest.tests.helpers.prompts import WordClip
 from palimpsest.tests.helpers.visii import random_instruction
 from palimpsest.visii.start import from_text
 
 CLIP = WordClip(width=768)
-
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path):
-    before = folder_paths.get_input_directory(), folder_paths.get_output_directory()
-    for name in ("input", "output"):
-        (tmp_path / name).mkdir()
-    folder_paths.set_input_directory(str(tmp_path / "input"))
-    folder_paths.set_output_directory(str(tmp_path / "output"))
-    yield tmp_path
-    folder_paths.set_input_directory(before[0])
-    folder_paths.set_output_directory(before[1])
+pytestmark = pytest.mark.usefixtures("folders")
 
 
 def saved(prefix="instructions/one", instruction=None):
@@ -44,7 +32,7 @@ def test_ids_and_order_are_for_ever():
 def test_save_then_load():
     out = saved()
     name = out.args[0]
-    assert name == "instructions/one_00001_.instruction.safetensors [output]" and instruction_files() == [name]
+    assert name == "instructions/one_00001_.instruction.safetensors [output]" and FILES.names() == [name]
     assert VisiiLoadInstruction.validate_inputs(name) is True
     conditioning, instruction, report = VisiiLoadInstruction.execute(name, "").args
     assert torch.equal(instruction.tokens, random_instruction().tokens) and torch.equal(conditioning[0][0], instruction.tokens)
@@ -63,7 +51,7 @@ def test_the_report_says_how_it_was_learned():
 def test_a_file_of_the_released_code(folders):
     start = from_text(CLIP, "a red cat")
     torch.save(torch.cat([start.tokens + 0.0, start.null, start.null]), folders / "input" / "prompt_embeds_best.pt")
-    assert instruction_files() == ["prompt_embeds_best.pt"]
+    assert FILES.names() == ["prompt_embeds_best.pt"]
     assert VisiiLoadInstruction.execute("prompt_embeds_best.pt", "").args[1].end is None
     found = VisiiLoadInstruction.execute("prompt_embeds_best.pt", "a red cat", CLIP).args[1]
     assert found.end == 4 and torch.equal(found.tokens, start.tokens)
@@ -80,18 +68,19 @@ def test_the_list_holds_instructions_only(folders):
     saved()
     for name in ("picture.png", "model.safetensors", "mine.instruction.safetensors", "prompt_embeds_0.PT"):
         (folders / "input" / name).write_bytes(b"")
-    assert instruction_files() == ["mine.instruction.safetensors", "prompt_embeds_0.PT", "instructions/one_00001_.instruction.safetensors [output]"]
+    assert FILES.names() == ["mine.instruction.safetensors", "prompt_embeds_0.PT", "instructions/one_00001_.instruction.safetensors [output]"]
 
 
 def test_a_changed_file_is_read_again():
     name = saved().args[0]
     before = VisiiLoadInstruction.fingerprint_inputs(name, start_text="")
-    os.utime(resolve(name), ns=(1, 1))
+    os.utime(FILES.resolve(name), ns=(1, 1))
     assert VisiiLoadInstruction.fingerprint_inputs(name, start_text="") != before and VisiiLoadInstruction.fingerprint_inputs("gone.pt") == "gone.pt"
 
 
 @pytest.mark.parametrize(
-    "name, words", [("none found", "no instruction file yet"), ("gone.pt", "does not exist"), ("/etc/passwd", "outside"), ("../x.pt", "outside"), ("picture.png", "is neither")]
+    "name, words",
+    [("none found", "no instruction file yet"), ("gone.pt", "does not exist"), ("/etc/passwd", "outside"), ("../x.pt", "outside"), ("picture.png", "does not end in")],
 )
 def test_bad_names_are_one_sentence(name, words):
     said = VisiiLoadInstruction.validate_inputs(name)
