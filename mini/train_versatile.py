@@ -127,7 +127,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
         state |= scaled({key[len(UNET_PREFIX):]: value for key, value in start.items()}, 1 / factor)
     net, text, abar = new_unet(state).to(device), text.to(device), base.schedule().to(device)
     learn = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    print(f"{sum(p.numel() for p in learn.values())} parameters learn; tokens of pictures count {factor:.2f} times", flush=True)
+    print(f"{sum(p.numel() for p in learn.values())} parameters learn; a picture's tokens are made {factor:.2f} times as long", flush=True)
     trainer = Trainer(net, folder, minutes, RATE, seed, muon={name for name, p in learn.items() if p.ndim >= 2})
     if resume:
         trainer.resume()

@@ -55,6 +55,7 @@ def test_it_has_the_geometry_of_the_published_model_at_its_width(networks):
     assert {k: v.shape for k, v in published.state_dict().items()} == {k: v.shape for k, v in own.state_dict().items()}
 
 
+@torch.inference_mode()
 def test_contexts_are_those_of_the_node(tmp_path, monkeypatch):
     write_random_towers(tmp_path)
     tower = towers.load_clip_vision(tmp_path)
@@ -179,6 +180,7 @@ def test_what_is_trained_loads_as_a_model_of_both_flows(small, monkeypatch):
     assert torch.equal(*(ksampler(m, noise, words, words, steps=2, cfg=1.0) for m in (base, model)))
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped_and_from_its_own_file(small, monkeypatch):
     run()
     counters = small / ".train" / "versatile" / "state.json"
