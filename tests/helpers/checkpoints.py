@@ -144,4 +144,5 @@ def write_random_checkpoint(path: Path, shapes: dict[str, torch.Size], seed: int
     if path.suffix == ".safetensors":
         save_file(tensors, str(path))
     else:
-        torch.save(tensors, path)
+        # a view would take its whole storage along
+        torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)
