@@ -12,7 +12,8 @@ MINI = [path for path in WORKFLOWS if path.stem.startswith("mini-")]
 
 
 def models_of(path) -> list[dict]:
-    return [model for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] for model in node["properties"].get("models", [])]
+    """Files that a widget names: the page lists no others, such as a vocabulary beside a model."""
+    return [model for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] for model in node["properties"].get("models", []) if model["name"] in node["widgets_values"]]
 
 
 def is_input(info: dict, name: str) -> bool:
