@@ -8,6 +8,10 @@ import torch
 
 from palimpsest.attention_patches.mrsa import compose
 from palimpsest.attention_patches.pnp import apply_pnp
+from palimpsest.inversion.null_text import Settings as NullTextSettings
+from palimpsest.inversion.null_text_run import run_null_text
+from palimpsest.inversion.run import run_inversion
+from palimpsest.inversion.trajectory import clean_latent, start_latent
 from palimpsest.nodes.attention_maps import CollectAttentionMaps, CollectFeatures
 from palimpsest.nodes.ddim_invert import DDIMInvert
 from palimpsest.nodes.instruct_pix2pix import InstructPix2PixCFG
@@ -105,6 +109,32 @@ def test_inversion_of_one_flow_is_the_plain_models(models, plain, part):
 def test_inversion_of_a_blend_runs_through_the_node():
     path = run(DDIMInvert, model=smooth(tiny()), latent_image={"samples": latent_noise(1, 4, 8, 8)}, positive=dual(0.5), steps=3)[1]
     assert path.steps == 3 and path.conditioning[0][1]["versatile_ratio"] == 0.5
+
+
+QUICK = NullTextSettings(inner_steps=3, early_stop=0.0, checkpointing="off")
+
+
+@pytest.mark.parametrize("negative", [image_conditioning([torch.zeros(1, 257, 64)]), dual(0.5, seed=5)], ids=["of a picture", "of a blend"])
+def test_null_text_trains_the_negative_of_its_flow(negative):
+    """Its prompts keep the flow of the one they start from, and bring the sampler back to the picture more closely."""
+    model = smooth(tiny())
+    positive = dual(0.5) if negative[0][1]["versatile_flow"] == "dual" else image_conditioning([context(257, 1)])
+    with torch.inference_mode():
+        path = run_inversion(model, {"samples": latent_noise(1, 4, 8, 8) * 4}, positive, steps=3, iterations=3).trajectory
+        found = run_null_text(model, path, negative, settings=QUICK)
+    assert len(found.conditioning) == 3 and all(options["versatile_flow"] == negative[0][1]["versatile_flow"] for _, options in found.conditioning)
+    assert sum(float(step.loss) for step in found.steps) < sum(float(step.loss) for step in found.before)
+    start, clean = start_latent(path, model)["samples"], clean_latent(path, model)["samples"]
+    how = {"steps": 3, "cfg": QUICK.guidance, "scheduler": "ddim_uniform", "disable_noise": True}
+    before, after = (relative(ksampler(model, start, positive, words, **how), clean) for words in (negative, found.conditioning))
+    assert after < before
+
+
+def test_null_text_refuses_words_that_are_not_read():
+    model = smooth(tiny())
+    path = tiny_trajectory(model, cond=dual(0.0))
+    with pytest.raises(ValueError, match="at ratio 0, where its words have no effect: connect the negative of the picture alone"):
+        run_null_text(model, path, dual(0.0, seed=5), settings=QUICK)
 
 
 def test_features_of_one_flow_can_be_looked_at(models):
