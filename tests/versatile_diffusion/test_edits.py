@@ -101,13 +101,13 @@ def run(node, **changed):
 @pytest.mark.parametrize("part", PARTS)
 def test_inversion_of_one_flow_is_the_plain_models(models, plain, part):
     paths = [
-        run(DDIMInvert, model=model, latent_image={"samples": latent_noise(1, 4, 8, 8)}, positive=cond(part, 1), steps=3)[1] for model in (models[part], plain[part])
+        run(DDIMInvert, model=model, latent_image={"samples": latent_noise(1, 4, 16, 16)}, positive=cond(part, 1), steps=3)[1] for model in (models[part], plain[part])
     ]
     assert torch.equal(paths[0].latents, paths[1].latents) and relative(paths[0].latents[-1], paths[0].latents[0]) > 1e-3
 
 
 def test_inversion_of_a_blend_runs_through_the_node():
-    path = run(DDIMInvert, model=smooth(tiny()), latent_image={"samples": latent_noise(1, 4, 8, 8)}, positive=dual(0.5), steps=3)[1]
+    path = run(DDIMInvert, model=smooth(tiny()), latent_image={"samples": latent_noise(1, 4, 16, 16)}, positive=dual(0.5), steps=3)[1]
     assert path.steps == 3 and path.conditioning[0][1]["versatile_ratio"] == 0.5
 
 
@@ -120,7 +120,7 @@ def test_null_text_trains_the_negative_of_its_flow(negative):
     model = smooth(tiny())
     positive = dual(0.5) if negative[0][1]["versatile_flow"] == "dual" else image_conditioning([context(257, 1)])
     with torch.inference_mode():
-        path = run_inversion(model, {"samples": latent_noise(1, 4, 8, 8) * 4}, positive, steps=3, iterations=3).trajectory
+        path = run_inversion(model, {"samples": latent_noise(1, 4, 16, 16) * 4}, positive, steps=3, iterations=3).trajectory
         found = run_null_text(model, path, negative, settings=QUICK)
     assert len(found.conditioning) == 3 and all(options["versatile_flow"] == negative[0][1]["versatile_flow"] for _, options in found.conditioning)
     assert sum(float(step.loss) for step in found.steps) < sum(float(step.loss) for step in found.before)
