@@ -53,7 +53,7 @@ def test_a_way_from_picture_to_text_is_monotonic_and_its_detours_are_not():
     straight = [score.judge_blend(pictures(steps(found)), found) for found in PAIRS[:10]]
     assert sum(one.by_reader for one in straight) >= 9
     assert [sum(one.text[i] for one in straight) for i in (0, 4)] == [0, 30] and sum(one.picture[0] for one in straight) == 30 and sum(one.picture[4] for one in straight) == 0
-    for found in PAIRS[:5]:
+    for found in PAIRS[:2]:
         scenes = pictures(steps(found))
         for order in ([4, 3, 2, 1, 0], [0, 3, 1, 2, 4], [0, 0, 0, 0, 0], [4, 4, 4, 4, 4], [0, 1, 1, 1, 1]):
             detour = score.judge_blend(scenes[order], found)
