@@ -98,8 +98,20 @@ class DualUNet(UNetModel):
                 if isinstance(layer, SpatialTransformer):
                     block[number] = _pair(layer, kwargs["context_dim"], more)
 
+    def check_latent(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError, one sentence, for the latent of a text. shape: [channels, height, width]; the host makes an empty one fit by its channels alone."""
+        if shape[0] != self.in_channels or shape[-2:] == (1, 1):
+            raise ValueError(
+                f"The image diffuser works on latents of pictures, [batch, {self.in_channels}, height, width], but got {list(shape)} for each: "
+                "connect Empty Latent Image or VAE Encode instead of the latent of a text."
+            )
+
     def forward(self, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, vd_image=None, vd_ratio=1.0, **kwargs):
-        """As the host's. vd_ratio: share of the text set; vd_image: the image context where both sets run, context is then the text's."""
+        """As the host's. vd_ratio: share of the text set; vd_image: the image context where both sets run, context is then the text's.
+
+        Raises ValueError, one sentence, for a latent of another kind.
+        """
+        self.check_latent(tuple(x.shape[1:]))
         options = {**(transformer_options or {})}
         if self.paired:
             options[MIX] = Mix(float(vd_ratio), vd_image)

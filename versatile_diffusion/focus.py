@@ -51,7 +51,8 @@ def focus(context: Tensor, level: float, rank: int = RANK, drop: int = DROP, kee
     if not 0 <= (drop if level < MIDDLE else keep) < rank:
         what = f"let {drop + 1} of them fade" if level < MIDDLE else f"keep {keep} of them while others fade"
         raise ValueError(f"A focus on {rank} components cannot {what}: use a rank of {RANK}, semantic drop {DROP} and style keep {KEEP} as published.")
-    local = context[:, 1:].double()
+    # Apple's graphics cards know no float64
+    local = context[:, 1:].to("cpu", torch.float64)
     spread = local.flatten(1).std(1)[:, None, None]
     mean = local.mean(2, keepdim=True)
     u, s, v = torch.linalg.svd(local - mean, full_matrices=False)

@@ -12,6 +12,7 @@ from ..common.shapes import compare_shapes
 from .contexts import TOWER, TextContextEncoder
 from .dual import SETS
 from .files import TensorFile
+from .keys import OFFICIAL_2023, TEXT
 from .model import WIDTH, build, unet_config
 from .sources import Source
 
@@ -72,6 +73,7 @@ def load_model(source: Source, flows: str = ALL, precision: str = "auto"):
                 targets[names[name]].copy_(tensor)
                 bar.update(1)
     model.model.diffusion_model.requires_grad_(False)
+    model.model.prompt_free = source.naming == OFFICIAL_2023 and source.sets == (TEXT,)
     return model
 
 

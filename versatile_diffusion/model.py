@@ -30,8 +30,11 @@ RAW_NORM = 6.0  # rows of the published model's contexts have norms about 1; raw
 class VersatileDiffusion(comfy.model_base.BaseModel):
     """Image diffuser of Versatile Diffusion with one or both attention sets; eps prediction and SD 1.x's schedule.
 
-    sets: which sets its weights hold.
+    sets: which sets its weights hold. prompt_free: whether they are those of Prompt-Free Diffusion, whose files have the same naming and text
+    attention alone; it reads the tokens of SeeCoder, not contexts.
     """
+
+    prompt_free = False
 
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.EPS, device=None, sets: tuple[str, ...] = SETS):
         super().__init__(model_config, model_type, device=device, unet_model=functools.partial(DualUNet, sets=sets))
@@ -80,7 +83,7 @@ class VersatileDiffusion(comfy.model_base.BaseModel):
                     f"encode it with its own CLIP or {NODES}."
                 )
         # the negative mostly comes from the same encoder, and one warning is enough
-        if width == WIDTH and prompt != "negative" and looks_raw(main):
+        if width == WIDTH and not self.prompt_free and prompt != "negative" and looks_raw(main):
             log.warning(
                 "Palimpsest: the tokens of the %s conditioning are far longer than Versatile Diffusion's (their norm is about 1): they seem to be those of an ordinary "
                 "CLIP, so encode the prompt with the CLIP that Versatile Diffusion Loader gives.", prompt or "connected",

@@ -16,7 +16,7 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
-from torch import Tensor, nn
+from torch import nn
 
 from .dual import SETS, DualUNet, PairedTransformer
 from .fc_blocks import SLOTS, FCResBlock, flat_linear
@@ -35,6 +35,8 @@ class TextUNet(DualUNet):
     in_channels: values of a latent; model_channels: channels of the first level; channel_mult: of the levels, in multiples of
     it; context_dim: values of a context token; sets: which attention sets the weights hold, as in `DualUNet`.
     """
+
+    makes_text = True  # to nodes that work on pictures
 
     def __init__(
         self, in_channels: int = TEXT_LATENT, model_channels: int = 320, channel_mult: tuple[int, ...] = (1, 2, 4, 4), context_dim: int = WIDTH,
@@ -92,14 +94,13 @@ class TextUNet(DualUNet):
         self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in blocks)
         self.out = nn.Sequential(operations.GroupNorm(32, channels, **at), nn.SiLU(), linear(SLOTS * channels, in_channels, slots=1, **at))
 
-    def forward(self, x: Tensor, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs) -> Tensor:
-        """x: [B, in_channels, 1, 1]; otherwise as `DualUNet.forward`. Raises ValueError, one sentence, for the latent of a picture."""
-        if tuple(x.shape[1:]) != (self.in_channels, 1, 1):
+    def check_latent(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError, one sentence, for the latent of a picture. shape: [channels, height, width]."""
+        if shape != (self.in_channels, 1, 1):
             raise ValueError(
-                f"The text diffuser works on latents of texts, [batch, {self.in_channels}, 1, 1], but got {list(x.shape)}: "
+                f"The text diffuser works on latents of texts, [batch, {self.in_channels}, 1, 1], but got {list(shape)} for each: "
                 "connect Versatile Empty Text Latent or Versatile Optimus Encode instead of the latent of a picture."
             )
-        return super().forward(x, timesteps, context, y, control, transformer_options, **kwargs)
 
 
 class TextLatent(comfy.latent_formats.LatentFormat):

@@ -135,6 +135,19 @@ def test_equal_to_diffusers_modules(model, latent, ratio, tokens):
         assert relative(out, apart) > 0.01
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("tokens", [(77, 257), (1, 1)], ids=["full length", "one token"])
+def test_zero_contexts_are_those_of_diffusers(model, latent, ratio, tokens):
+    """The published negative of a picture; both sides at zero, and a text beside a picture of zeros."""
+    unet = diffusers_unet(model)
+    set_mix(unet, ratio, tokens)
+    zeros = [torch.zeros(2, count, 64) for count in tokens]
+    for text, image in ((zeros[0], zeros[1]), (context(tokens[0], 5, rows=2), zeros[1])):
+        with torch.inference_mode():
+            expected = unet(latent, TIME, torch.cat([text, image], 1)).sample
+        assert relative(run(model, latent, image if ratio == 0 else text, ratio, image if 0 < ratio < 1 else None), expected) < 1e-5
+
+
 def test_zero_contexts_of_any_length_are_the_same(model, latent):
     ones = [run(model, latent, torch.zeros(2, count, 64), 0.0) for count in (1, 77, 257)]
     assert all(relative(one, ones[0]) < 1e-6 for one in ones[1:])

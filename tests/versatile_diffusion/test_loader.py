@@ -87,6 +87,8 @@ def test_text_attention_alone_goes_with_the_image_diffuser(tmp_path, model, name
     text = {name: value for name, value in names.items() if keys.group_of(name.key) != "context" or name.part == "text"}
     loaded = loader.load_model(recognise(str(write_files(tmp_path, OFFICIAL_2023, text))), precision="fp32")
     assert loaded.model.sets == ("text",) and same(state_of(loaded), state_of(single(model, "text")))
+    assert loaded.model.prompt_free
+    assert not loader.load_model(recognise(str(write_files(tmp_path / "whole", OFFICIAL_2023, names))), "text").model.prompt_free
 
 
 def crossed_names(names):

@@ -5,7 +5,7 @@ import torch
 
 from palimpsest.tests.helpers.host_nodes import free_u, lora, pag
 from palimpsest.tests.helpers.models import controlled, tiny_controlnet, tiny_sd15
-from palimpsest.tests.helpers.sampling import custom_advanced, ksampler, latent_noise, no_free_memory
+from palimpsest.tests.helpers.sampling import custom_advanced, ksampler, latent_noise, no_free_memory, schedule
 from palimpsest.tests.helpers.versatile import context, diffusers_unet, dual, relative, set_mix, single, tiny
 from palimpsest.versatile_diffusion.contexts import image_conditioning
 from palimpsest.versatile_diffusion.model import VersatileDiffusion, check_model, looks_raw
@@ -212,6 +212,35 @@ def test_ten_guided_ddim_steps_are_those_of_diffusers(model):
     assert relative(scaled, x) < 1e-4
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+def test_stacked_prompts_of_unequal_length_are_those_of_diffusers(model, ratio):
+    """A negative of two chunks and two pictures rides in the positive's batch; diffusers' modules get each of them alone, uncut."""
+    unet, scale = diffusers_unet(model), 3.0
+    sides = [(dual(ratio, seed=0), (77, 257)), (dual(ratio, 154, 514, seed=5), (154, 514))]
+    sigmas, start = schedule(model, 3), latent_noise(1, 4, 16, 24, seed=8)
+    sampling = model.get_model_object("model_sampling")
+    x = start.double() * (1 + sigmas[0].double() ** 2).sqrt()
+    for now, then in zip(sigmas.double(), sigmas.double()[1:]):
+        eps = []
+        for ((tokens, options),), lengths in sides:
+            set_mix(unet, ratio, lengths)
+            scaled = (x / (1 + now**2).sqrt()).float()
+            eps.append(unet(scaled, sampling.timestep(now.float()), torch.cat([tokens, options["versatile_image"]], 1)).sample.double())
+        x = x + (then - now) * (eps[1] + scale * (eps[0] - eps[1]))
+    calls = Calls(model)
+    out = custom_advanced(calls.model, torch.zeros_like(start), sides[0][0], sides[1][0], sigmas, cfg=scale, noise=start)
+    assert {call[:3] for call in calls.seen} == {(2, 154, 514)}
+    assert relative(model.model.process_latent_in(out), x) < 1e-4
+
+
+@pytest.mark.parametrize("latent", [torch.zeros(1, 768, 1, 1), latent_noise(1, 768, 1, 1)], ids=["empty", "of a text"])
+def test_latents_of_texts_are_refused(model, latent):
+    with pytest.raises(ValueError, match="works on latents of pictures.*connect Empty Latent Image") as error:
+        ksampler(model, latent, dual(0.5), dual(0.5, seed=5), steps=1)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
 @pytest.mark.parametrize("sets, wrong", [(("text",), "image"), (("image",), "text")])
 def test_a_flow_that_is_not_loaded_is_refused(sets, wrong):
     alone = tiny(sets=sets)
@@ -242,6 +271,11 @@ def test_raw_states_of_a_clip_are_told_once(caplog):
         ksampler(wide, EMPTY, image_conditioning([torch.zeros(1, 257, 768)]), [[torch.zeros(1, 77, 768), {}]], steps=1)
     assert not [line for line in caplog.messages if "ordinary CLIP" in line]
     assert looks_raw(raw[0][0]) and not looks_raw(context(77, width=768))
+    sister = tiny(context=768, sets=("text",))
+    sister.model.prompt_free = True
+    with caplog.at_level("WARNING", logger="palimpsest"):
+        ksampler(sister, EMPTY, raw, raw, steps=1)
+    assert not [line for line in caplog.messages if "ordinary CLIP" in line], "Prompt-Free Diffusion reads such tokens"
 
 
 def test_an_ordinary_model_is_refused_where_it_is_checked(model):
