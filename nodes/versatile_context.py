@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-
-import folder_paths
 from comfy_api.latest import io
 
+from ..common.files import workflow_of
+from ..common.saved import Kind, saved_line
 from ..inversion.display import show
 from ..versatile_diffusion import contexts, storage
 from ..versatile_diffusion import focus as focusing
 from ..versatile_diffusion.focus import DROP, KEEP, MIDDLE, RANK
-from .trajectory import resolve
 
 CATEGORY = "Palimpsest/versatile diffusion"
-FOLDER = "contexts"  # below the output folder
-NO_FILES = "none found"
+FILES = Kind("context", "contexts", storage.SUFFIX, storage.EXTENSIONS, "Save Versatile Context")
 TOGETHER, EACH = "together", "one each"
 SLOTS = 4
 FOCUS_TOOLTIP = (
@@ -153,40 +150,28 @@ class VersatileSaveContext(io.ComfyNode):
                     "context",
                     tooltip="From CLIP Text Encode with the CLIP of Versatile Diffusion, Versatile Image Context or Dual Context. Its first piece is saved.",
                 ),
-                io.String.Input("filename_prefix", default=f"{FOLDER}/versatile", tooltip="Folder and beginning of the file name below the output folder; a counter is added."),
+                io.String.Input(
+                    "filename_prefix", default=FILES.prefix,
+                    tooltip="Folder and beginning of the file name below the output folder; a counter is added. %year%, %month%, %day% and the like are filled in. "
+                    "Load Versatile Context lists the folder contexts.",
+                ),
             ],
             outputs=[io.String.Output("file", display_name="file", tooltip="Name of the file as Load Versatile Context lists it.")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, context, filename_prefix, **kwargs) -> io.NodeOutput:
-        folder, filename, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        name = f"{filename}_{counter:05}_{storage.SUFFIX}"
-        storage.save_context(context, os.path.join(folder, name))
-        listed = f"{subfolder}/{name} [output]".lstrip("/").replace(os.sep, "/")
-        return io.NodeOutput(listed, ui=show(cls, f"Saved {listed[: -len(' [output]')]}\n{storage.describe(context)}"))
-
-
-def context_files() -> list[str]:
-    """Names for the widget: files of the input folder, and of output/contexts, marked [output]."""
-
-    def listed(folder: str, endings: tuple[str, ...]) -> list[str]:
-        try:
-            with os.scandir(folder) as entries:
-                return sorted(entry.name for entry in entries if entry.name.lower().endswith(endings) and entry.is_file())
-        except OSError:
-            return []
-
-    saved = listed(os.path.join(folder_paths.get_output_directory(), FOLDER), (storage.SUFFIX,))
-    return listed(folder_paths.get_input_directory(), storage.EXTENSIONS) + [f"{FOLDER}/{name} [output]" for name in saved]
+        path, listed = FILES.new_file(filename_prefix)
+        storage.save_context(context, path, workflow_of(cls))
+        return io.NodeOutput(listed, ui=show(cls, f"{saved_line(listed, path)}\n{storage.describe(context)}"))
 
 
 class VersatileLoadContext(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        options = context_files() or [NO_FILES]
+        options = FILES.options()
         return io.Schema(
             node_id="PalimpsestVersatileLoadContext",
             display_name="Load Versatile Context",
@@ -211,28 +196,17 @@ class VersatileLoadContext(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, flow, **kwargs) -> io.NodeOutput:
-        conditioning = storage.load_context(resolve(file), flow)
+        conditioning = storage.load_context(FILES.resolve(file), flow)
         report = storage.describe(conditioning)
         return io.NodeOutput(conditioning, report, ui=show(cls, report))
 
     @classmethod
     def validate_inputs(cls, file):
-        # taking over this check lets API users name a file that was saved after the list was made
-        if file == NO_FILES:
-            return "There is no context file yet: save one with Save Versatile Context, or copy one into the input folder."
-        try:
-            path = resolve(file)
-        except ValueError as error:
-            return str(error)
-        return True if os.path.isfile(path) else f"The context file {file} does not exist: choose another, or save one with Save Versatile Context."
+        return FILES.check(file)
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
-        try:
-            status = os.stat(resolve(file))
-        except (OSError, ValueError):
-            return file
-        return f"{status.st_mtime_ns}:{status.st_size}"
+        return FILES.stamp(file)
 
 
 NODES = [VersatileImageContext, VersatileFocus, VersatileCombineImages, VersatileSaveContext, VersatileLoadContext]

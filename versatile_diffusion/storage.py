@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import uuid
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 
+from ..common.files import write_tensors
 from .contexts import PICTURES, flow_of
 from .keys import IMAGE, TEXT
 from .model import DUAL, FLOW, IMAGE_CONTEXT, RATIO
@@ -22,35 +21,25 @@ AUTO = "auto"
 FLOWS = (AUTO, TEXT, IMAGE)
 
 
-def save_context(conditioning: list, path: str) -> None:
+def save_context(conditioning: list, path: str, extra: dict[str, str] | None = None) -> None:
     """Write the first entry of a CONDITIONING: its tokens and flow, for a dual one the picture's tokens and the ratio too.
 
-    Areas, ranges and ControlNets are not kept. Written beside the file and moved into place. Raises ValueError, one
-    sentence, when it cannot be written.
+    extra: more entries of the file's header. Areas, ranges and ControlNets are not kept. Raises ValueError, one sentence, when it cannot be written.
     """
     flow = flow_of(conditioning, "context")
     tokens, options = conditioning[0]
     tensors = {"context": tokens}
-    metadata = {"format": FORMAT, "flow": flow}
+    metadata = {**(extra or {}), "format": FORMAT, "flow": flow}
     if flow == DUAL:
         tensors["image"] = options[IMAGE_CONTEXT]
         metadata["ratio"] = repr(float(options[RATIO]))
     if PICTURES in options:
         metadata["pictures"] = " ".join(map(str, options[PICTURES]))
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")
     try:
-        os.makedirs(folder, exist_ok=True)
-        data = save({key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}, metadata=metadata)
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        write_tensors(path, {key: value.detach().cpu() for key, value in tensors.items()}, metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ValueError(f"The context could not be written to {os.path.basename(path)} ({reason}): check the folder and the free space.") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def load_context(path: str, flow: str = AUTO) -> list:

@@ -150,11 +150,7 @@ def test_empty_image_contexts(vision):
         run(VersatileEmptyImage, kind="picture", clip_vision=vision)
 
 
-def test_saved_contexts_are_listed_and_loaded(tmp_path, monkeypatch):
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "out"))
-    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "in"))
+def test_saved_contexts_are_listed_and_loaded(folders):
     assert "no context file yet" in VersatileLoadContext.validate_inputs("none found")
     given = image_conditioning([context(257)])
     name, = run(VersatileSaveContext, context=given)
