@@ -21,8 +21,8 @@ class Row:
 
 
 def order(name: str) -> tuple[int, str]:
-    """The input stands left, the edit right of what lies between, then what it should have become."""
-    return ({"input": 0, "edit": 2, "target": 3}.get(name, 1), name)
+    """A pair to learn from stands left, then the input, the edit right of what lies between, then what it should have become."""
+    return ({"before": -2, "after": -1, "input": 0, "edit": 2, "target": 3}.get(name, 1), name)
 
 
 def rows_of(title: str, outputs: list[tuple]) -> list[Row]:

@@ -126,7 +126,8 @@ class Trainer:
         now = time.monotonic()
         if now - self.stepped > PAUSE:
             self.start += now - self.stepped
-            self.reported += now - self.stepped
+            # a pause inside a step that reported after it is no later than now
+            self.reported = min(now, self.reported + now - self.stepped)
         self.stepped = now
 
     def update(self, loss: torch.Tensor, images: int) -> bool:

@@ -22,6 +22,12 @@ def test_the_input_stands_left_of_the_edit_and_each_number_has_its_row():
     assert rows[0].lines == ["score: PSNR 31 dB"]
 
 
+def test_a_pair_stands_in_its_order_before_the_picture_that_it_is_applied_to():
+    """Regression: the alphabet put the picture after to the left of the one before."""
+    rows = rows_of("mini visii", [(Role(name, 1, ""), [png("red")], "") for name in ("edit", "after", "input", "before")])
+    assert [label for label, _ in rows[0].pictures] == ["before", "after", "input", "edit"]
+
+
 def test_a_text_called_edit_caption_stands_below_the_edit():
     rows = rows_of("row", [(Role("edit caption", 2, ""), [], "a blue circle"), (Role("edit", 2, ""), [png("blue")], ""), (Role("edit", 1, ""), [png("red")], "")])
     assert [[label for label, _ in row.pictures] for row in rows] == [["edit"], ["edit: a blue circle"]]

@@ -91,6 +91,22 @@ def test_a_suspended_process_keeps_its_minutes(tmp_path, clock, monkeypatch):
     assert steps(trainer, 1) and trainer.progress > 0.9
 
 
+def test_a_pause_inside_a_step_does_not_silence_the_reports(tmp_path, clock, monkeypatch):
+    """Regression: a process stopped between the start of a step and its report wrote no line for as long again as it had been stopped."""
+    monkeypatch.setattr(optim, "PAUSE", 60.0)
+    trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
+    steps(trainer, 1)
+    monkeypatch.setattr(trainer, "_skip_pause", lambda skip=trainer._skip_pause: (skip(), setattr(clock, "now", clock.now + 1000)))
+    steps(trainer, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(optim.time, "monotonic", clock)
+    lines = trainer.lines
+    steps(trainer, 1)
+    clock.now += 16
+    steps(trainer, 1)
+    assert trainer.lines == lines + 1 and trainer.progress < 0.1
+
+
 def test_the_state_before_the_cool_down_is_kept_for_going_on(tmp_path, clock):
     trainer = optim.Trainer(net(), tmp_path, 10, 1e-2, seed=0)
     steps(trainer, 10)
