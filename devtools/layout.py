@@ -7,6 +7,7 @@ NOTE_WIDTH = 380
 TITLE = 30  # above a node's body
 SLOT, WIDGET = 20, 24
 MARGIN, GAP, GROUP_TITLE = 20, 30, 40
+LETTER, TITLE_ENDS = 7.2, 50  # width of a title's letter; of what stands around the title
 STACK = TITLE + 14  # from one body to the next below it
 PICTURE = 230  # room for a picture, once it is there
 TEXT = 90  # room for a text that a node shows
@@ -34,6 +35,12 @@ def node_height(kind: str, sockets: int, outputs: int, widgets: int, lines: int)
     if widgets:
         height += widgets * WIDGET + 8
     return height + lines * 80 + SHOWN.get(kind, 0)
+
+
+def fitted(title: str, width: int) -> str:
+    """The title, cut at a word where it is wider than its node: the page widens a node for its title once it shows a picture, over the next column."""
+    room = int((width - TITLE_ENDS) / LETTER)
+    return title if len(title) <= room else textwrap.shorten(title, room, placeholder=" ...")
 
 
 def note_height(text: str, width: int = NOTE_WIDTH) -> int:
@@ -75,6 +82,7 @@ def place(nodes: list[dict], groups: list[str | None], wishes: list[int]) -> lis
             for index in (members[place] for place in column):
                 node = nodes[index]
                 node["pos"], node["size"] = [x, y], [width, node["size"][1]]
+                node["title"] = fitted(node["title"], width)
                 y += node["size"][1] + STACK
             bottom = max(bottom, y - STACK)
             x += width + GAP

@@ -78,6 +78,7 @@ def overlap(a, b):
 
 
 def check_layout(workflow):
+    assert all(len(node["title"]) * layout.LETTER + layout.TITLE_ENDS <= node["size"][0] for node in workflow["nodes"])
     boxes = {node["id"]: rectangle(node) for node in workflow["nodes"]}
     assert not [(a, b) for a in boxes for b in boxes if a < b and overlap(boxes[a], boxes[b])], "nodes lie on each other"
     frames = [(x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in workflow["groups"])]
@@ -93,6 +94,13 @@ def test_nodes_stand_apart_inside_their_groups(made):
     check_layout(made)
     assert [group["title"] for group in made["groups"]] == ["2 Edit", "1 Picture"]
     assert node(made, 1)["size"][0] == node(made, 2)["size"][0] == 500
+
+
+def test_a_title_wider_than_its_node_is_cut_at_a_word():
+    """Regression: the page made nodes with long titles wider than their column, and they lay over the results beside them."""
+    title = "edit: a large circle in the top left and a large star in the bottom right"
+    assert layout.fitted(title, 330) == "edit: a large circle in the top ..." and layout.fitted(title, 700) == title
+    assert layout.fitted("VAE Decode", layout.WIDTH) == "VAE Decode"
 
 
 @pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
