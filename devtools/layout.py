@@ -24,6 +24,8 @@ SHOWN = {
     "PalimpsestSeeCoderLoader": TEXT, "PalimpsestSeeCoderEncode": 2 * TEXT, "PalimpsestSeeCoderCompare": PICTURE + TEXT,
     "PalimpsestMRSAConcept": PICTURE + TEXT, "PalimpsestMRSAConceptComposer": 2 * TEXT, "PalimpsestConceptMaskSAM": PICTURE + TEXT,
     "PalimpsestConceptAttentionPreview": PICTURE + TEXT,
+    "PalimpsestInstructPix2PixConditioning": TEXT,
+    "PalimpsestVisiiLearnInstruction": PICTURE + 2 * TEXT, "PalimpsestVisiiSaveInstruction": TEXT, "PalimpsestVisiiLoadInstruction": 2 * TEXT,
 }
 GROUP_COLORS = ("#3f789e", "#a1309b", "#8a8", "#b58b2a", "#b06634", "#88a")
 VIEW = (1600, 900)  # window that the first look is made for

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..visii.compose import GAP
 from .instructions import MAKERS, PLAIN_KINDS, Triple
 from .scenes import Scene, sample_scene
 
-GAP = 2  # positions between the two instructions' states, as in visii/compose.py
 # nothing that comes or goes: the second instruction speaks of the scene that the first one leaves
 COMPOUND_KINDS = tuple(kind for kind in PLAIN_KINDS if kind not in ("add", "remove"))
 

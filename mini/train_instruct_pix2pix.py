@@ -137,11 +137,16 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
         trainer.resume()
     g, going = trainer.generator, True
 
-    def predict(noisy, t, ids, more, end, count):
+    def encode(ids, more, end, count):
+        # not compiled: how many rows are joined changes with every batch
         with torch.autocast(device.type, torch.bfloat16):
-            context = text_states(model["text"], ids)
+            states = text_states(model["text"], ids)
             if (used := count > 0).any():
-                context = context.index_put((used,), join(context[used], text_states(model["text"], more[used]), end[used], count[used]))
+                states = states.index_put((used,), join(states[used], text_states(model["text"], more[used]), end[used], count[used]))
+        return states
+
+    def predict(noisy, t, context):
+        with torch.autocast(device.type, torch.bfloat16):
             return model["unet"](noisy, t, context=context, transformer_options={"optimized_attention_override": attention_for_training}).float()
 
     if compiled:
@@ -158,7 +163,8 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
             noise = base.draw_noise(clean.shape, g).to(device)
             a = abar[t][:, None, None, None]
             picture = before / SCALE * (~blind).to(device)[:, None, None, None]
-            predicted = predict(torch.cat([a.sqrt() * clean + (1 - a).sqrt() * noise, picture], 1), t.float(), *(x.to(device) for x in (ids, more, end, count)))
+            context = encode(*(x.to(device) for x in (ids, more, end, count)))
+            predicted = predict(torch.cat([a.sqrt() * clean + (1 - a).sqrt() * noise, picture], 1), t.float(), context)
             loss = (base.weights_at(abar[t]) * (cell_weights(before, clean) * (predicted - noise).square()).mean((1, 2, 3))).mean()
             going = trainer.update(loss, BATCH)
     trainer.report()
