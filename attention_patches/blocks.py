@@ -93,7 +93,7 @@ def architecture_name(model) -> str:
     """Family of the UNet behind a MODEL: "SD1.x", "SD2.x", "SDXL" or "SDXL Refiner".
 
     model: a ModelPatcher. Raises ValueError (one sentence, naming the model class) for anything
-    that is not an image UNet of these families: Flux, SD3, Wan, video UNets, upscalers.
+    that is not an image UNet of these families: Flux, SD3, Wan, video UNets, upscalers, Versatile Diffusion's text diffuser.
     """
     import comfy.model_base
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -105,6 +105,10 @@ def architecture_name(model) -> str:
         raise ValueError(
             f"This node edits the UNet of SD1.x, SD2.x and SDXL models, but the connected model is a {name} "
             f"(network {type(unet).__name__}): connect a checkpoint of one of these families."
+        )
+    if getattr(unet, "makes_text", False):
+        raise ValueError(
+            "The connected model is the text diffuser of Versatile Diffusion, whose latents are texts and no pictures: connect the model of Versatile Diffusion Loader instead."
         )
     config = base.model_config.unet_config
     temporal = config.get("use_temporal_attention", False) or config.get("use_temporal_resblock", False)
@@ -124,11 +128,16 @@ def architecture_name(model) -> str:
 
 
 def unet_layers(model) -> UNetLayers:
-    """The layers of the UNet behind a MODEL. Raises ValueError like `architecture_name`."""
+    """The layers of the UNet behind a MODEL. Raises ValueError like `architecture_name`, and for a Versatile Diffusion with both attention sets."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
 
     architecture = architecture_name(model)
     unet = model.model.diffusion_model
+    if getattr(unet, "paired", False):
+        raise ValueError(
+            "The connected model is a Versatile Diffusion with an attention for texts and one for pictures in every layer, and edits of attention know one: "
+            "set flows to text or image in Versatile Diffusion Loader."
+        )
     attention, resblocks, halvings, level = {}, set(), {}, 0
     middle = [] if unet.middle_block is None else [unet.middle_block]
     for part, blocks in zip(PARTS, (unet.input_blocks, middle, unet.output_blocks)):
@@ -142,6 +151,14 @@ def unet_layers(model) -> UNetLayers:
             # both stand alone or last in their block
             level += any(isinstance(layer, Downsample) for layer in block) - any(isinstance(layer, Upsample) for layer in block)
     return UNetLayers(architecture, attention, frozenset(resblocks), halvings)
+
+
+def check_reads_words(model) -> None:
+    """Raises ValueError, one sentence, for a MODEL whose cross-attention reads pictures alone, where there are no words to follow."""
+    if getattr(model.model.diffusion_model, "sets", None) == ("image",):
+        raise ValueError(
+            "The connected Versatile Diffusion reads pictures alone, and this node follows the words of a prompt: set flows to text in Versatile Diffusion Loader."
+        )
 
 
 class Item(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 
 from ..p2p.tokens import read_tokens
 from . import host
-from .blocks import ATTENTION_PRESETS, SD1, SD2, SDXL, attention_points, feature_points, unet_layers
+from .blocks import ATTENTION_PRESETS, SD1, SD2, SDXL, attention_points, check_reads_words, feature_points, unet_layers
 from .collectors import Collector
 from .maps import CollectFeatures, CollectMaps
 from .reference_pass import add_edits
@@ -29,15 +29,17 @@ def _window(model, start: float, end: float) -> tuple[float, float]:
 def collect_maps(model, clip, prompt: str, words: list[str], layers: str, start: float, end: float):
     """A clone of `model` that notes word maps, the collector, and the names of the maps.
 
-    words: of the prompt; empty for every word of it. Raises ValueError, one sentence, for words the prompt does not have.
+    words: of the prompt; empty for every word of it. Raises ValueError, one sentence, for words the prompt does not have and for a model that reads no words.
     """
+    known_layers = unet_layers(model)
+    check_reads_words(model)
     tokens = read_tokens(clip, prompt)
     names = words or list(dict.fromkeys(tokens.words))
     missing = [name for name in names if not tokens.positions(name)]
     if missing or not names:
         known = f"which has {', '.join(tokens.words)}" if tokens.words else "which is empty"
         raise ValueError(f"There is no word {', '.join(missing) or 'at all'} in the prompt, {known}: write words as they stand in it.")
-    places = attention_points(layers, unet_layers(model), "map layers", "attn2", MAP_PRESETS)
+    places = attention_points(layers, known_layers, "map layers", "attn2", MAP_PRESETS)
     columns = torch.zeros(tokens.length, len(names))
     for number, name in enumerate(names):
         columns[list(tokens.positions(name)), number] = 1.0

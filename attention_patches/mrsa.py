@@ -178,8 +178,9 @@ def compose(
         raise ValueError(f"There is no rule {rule} or noise {noise}: choose {' or '.join(RULES)}, and {' or '.join(NOISES)}.")
     if not 0.0 <= fidelity <= 1.0 or not 0.0 <= start <= end <= 1.0:
         raise ValueError(f"Style fidelity {fidelity:g} and the window {start:g} to {end:g} are fractions between 0 and 1, the start before the end.")
-    _check_concepts(model, concepts, empty)
+    # first what the model is: a text diffuser's channels say nothing to people
     known = unet_layers(model)
+    _check_concepts(model, concepts, empty)
     places = attention_points(layers, known, "attention layers", "attn1", PRESETS)
     watched = _watched(known, places, watch_layers, watch_start, watch_end) if watch else frozenset()
     used = []

@@ -22,6 +22,7 @@ MODEL_INPUTS = {
     "ckpt_name": "checkpoints", "lora_name": "loras", "vae_name": "vae", "control_net_name": "controlnet", "unet_name": "diffusion_models",
     "clip_name": "text_encoders", "clip_name1": "text_encoders", "clip_name2": "text_encoders", "style_model_name": "style_models",
     "gligen_name": "gligen", "hypernetwork_name": "hypernetworks", "photomaker_model_name": "photomaker", "seecoder_name": "seecoder", "sam_name": "sams",
+    "clip_vision_name": "clip_vision", "optimus_name": "optimus",
 }
 TITLE = re.compile(r"^(?P<name>[^:\d]+?)\s*(?P<row>\d+)?\s*(?::\s*(?P<caption>.+))?$", re.S)
 
@@ -131,23 +132,29 @@ def options_of(info: dict, name: str) -> list | None:
     return None
 
 
+def declared_as(models: list[dict], name: str, directory: str) -> dict:
+    """The declared entry of a file, that of `directory` where the file is needed in several; {} if there is none."""
+    found = [entry for entry in models if entry["name"] == name]
+    return next((entry for entry in found if entry["directory"] == directory), found[0] if found else {})
+
+
 def missing_models(graph: dict, object_info: dict, models: list[Path] = ()) -> list[Missing]:
     """Files the graph names that are not among the host's choices, nor below one of the `models` folders."""
     missing = []
     for node in graph.values():
-        declared = {entry["name"]: entry for entry in node.get("_meta", {}).get("models", [])}
+        declared = node.get("_meta", {}).get("models", [])
+        names = {entry["name"] for entry in declared}
         offered = object_info.get(node["class_type"], {})
         seen = set()
         for name, value in node.get("inputs", {}).items():
-            if not isinstance(value, str) or (value not in declared and name not in MODEL_INPUTS):
+            if not isinstance(value, str) or (value not in names and name not in MODEL_INPUTS):
                 continue
             seen.add(value)
             options = options_of(offered, name)
             if options is not None and value not in options:
-                entry = declared.get(value, {})
+                entry = declared_as(declared, value, MODEL_INPUTS.get(name, ""))
                 missing.append(Missing(value, entry.get("directory") or MODEL_INPUTS.get(name, ""), entry.get("url", "")))
-        for name in declared.keys() - seen:
-            entry = declared[name]
-            if not any((folder / entry["directory"] / name).is_file() for folder in models):
-                missing.append(Missing(name, entry["directory"], entry.get("url", "")))
+        for entry in declared:
+            if entry["name"] not in seen and not any((folder / entry["directory"] / entry["name"]).is_file() for folder in models):
+                missing.append(Missing(entry["name"], entry["directory"], entry.get("url", "")))
     return list(dict.fromkeys(missing))

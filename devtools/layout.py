@@ -26,6 +26,9 @@ SHOWN = {
     "PalimpsestConceptAttentionPreview": PICTURE + TEXT,
     "PalimpsestInstructPix2PixConditioning": TEXT,
     "PalimpsestVisiiLearnInstruction": PICTURE + 2 * TEXT, "PalimpsestVisiiSaveInstruction": TEXT, "PalimpsestVisiiLoadInstruction": 2 * TEXT,
+    "PalimpsestVersatileLoader": 2 * TEXT, "PalimpsestVersatileDualContext": 2 * TEXT, "PalimpsestVersatileImageContext": TEXT,
+    "PalimpsestVersatileSaveContext": TEXT, "PalimpsestVersatileLoadContext": TEXT, "PalimpsestVersatileTextLoader": TEXT,
+    "PalimpsestVersatileOptimusLoader": TEXT, "PalimpsestVersatileOptimusDecode": 2 * TEXT,
 }
 GROUP_COLORS = ("#3f789e", "#a1309b", "#8a8", "#b58b2a", "#b06634", "#88a")
 VIEW = (1600, 900)  # window that the first look is made for

@@ -45,12 +45,30 @@ SHOWN = {
     "PalimpsestMiniTowers": ("mini-visii", 1, ("before", "after")),
     "PalimpsestMiniControlNet": ("mini-seecoder-controlnet", 1, ("input", "layout", "picture")),
     "PalimpsestMiniOutline": ("mini-seecoder-controlnet", 1, ("layout",)),
+    "PalimpsestVersatileLoader": ("versatile_dual-vd", 1, ("input", "edit")),
+    "PalimpsestVersatileImageContext": ("mini-versatile-variation", 1, ("input", "edit")),
+    "PalimpsestVersatileEmptyImage": ("mini-versatile-variation", 1, ("input", "edit")),
+    "PalimpsestColorMatch": ("mini-versatile-variation", 2, ("input", "edit")),
+    "PalimpsestVersatileDualContext": ("mini-versatile-dual", 1, ("input", "edit")),
+    "PalimpsestVersatileFocus": ("mini-versatile-focus", 1, ("input", "edit")),
+    "PalimpsestVersatileCombineImages": ("mini-versatile-combine", 1, ("concept a", "concept b", "edit")),
+    "PalimpsestVersatileSaveContext": ("mini-versatile-context-save", 1, ("input", "edit")),
+    "PalimpsestVersatileLoadContext": ("mini-versatile-context-load", 1, ("input", "edit")),
 }
+# Nodes of which there is no picture: what they make is words, and the mini family has no model that writes words. Each stands in a graph all the same.
+WORDS_ONLY = frozenset({
+    "PalimpsestVersatileTextLoader", "PalimpsestVersatileEmptyTextLatent", "PalimpsestVersatileOptimusLoader", "PalimpsestVersatileOptimusEncode",
+    "PalimpsestVersatileOptimusEdit", "PalimpsestVersatileOptimusDecode",
+})
 # A graph on a checkpoint that nobody here has shows the pictures of its twin on the mini checkpoint.
 TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_invert", "p2p-sd15": "mini-p2p-swap",
          "p2p_inverted-sd15": "mini-p2p-inverted", "seecoder-sd15": "mini-seecoder", "seecoder_controlnet-sd15": "mini-seecoder-controlnet",
          "mrsa-sd15": "mini-mrsa-two_concepts", "mrsa_controlnet-sd15": "mini-mrsa-controlnet",
-         "instruct_pix2pix-sd15": "mini-instruct_pix2pix", "visii-sd15": "mini-visii"}
+         "instruct_pix2pix-sd15": "mini-instruct_pix2pix", "visii-sd15": "mini-visii",
+         "versatile_text_to_image-vd": "mini-text_to_image", "versatile_variation-vd": "mini-versatile-variation", "versatile_dual-vd": "mini-versatile-dual",
+         "versatile_multi-vd": "mini-versatile-combine", "versatile_focus-vd": "mini-versatile-focus"}
+# A graph whose result is words, without a twin: its thumbnail says what is made of what.
+CARDS = {"versatile_image_to_text-vd": ("picture", "text"), "versatile_text_variation-vd": ("text", "texts")}
 CELL, GAP, QUALITY = 256, 8, 88
 THUMBNAIL = 400
 
@@ -117,6 +135,17 @@ def thumbnail(pictures: list[Image.Image]) -> Image.Image:
     return whole
 
 
+def card(words: tuple[str, ...]) -> Image.Image:
+    """A thumbnail of words: what is made of what, one below the other."""
+    font, arrow = ImageFont.load_default(56), ImageFont.load_default(40)
+    whole = Image.new("RGB", (THUMBNAIL, THUMBNAIL), PAPER)
+    draw = ImageDraw.Draw(whole)
+    lines = [part for word in words for part in ((word, font), ("to", arrow))][:-1]
+    for number, (text, size) in enumerate(lines):
+        draw.text((THUMBNAIL / 2, THUMBNAIL / 2 + 72 * (number - (len(lines) - 1) / 2)), text, INK, size, anchor="mm")
+    return whole
+
+
 def for_thumbnail(rows: list[Row]) -> list[Image.Image]:
     """The pictures that stand for a graph: the first input, or its concepts, and what became of them; or its first picture."""
     named = {}
@@ -137,7 +166,8 @@ def write_all(rows: dict[str, list[Row]]) -> list[Path]:
     """Make every picture from the rows of the graphs' contact sheet (graph name -> its rows); returns the files. Raises KeyError for a graph that is not there."""
     files = []
     for path in api_graphs():
-        files.append(save(thumbnail(for_thumbnail(rows[TWINS.get(path.stem, path.stem)])), WORKFLOWS / f"{path.stem}.jpg"))
+        shown = card(CARDS[path.stem]) if path.stem in CARDS else thumbnail(for_thumbnail(rows[TWINS.get(path.stem, path.stem)]))
+        files.append(save(shown, WORKFLOWS / f"{path.stem}.jpg"))
     for node, (graph, number, names) in SHOWN.items():
         files.append(save(strip(chosen(rows[TWINS.get(graph, graph)], number, names)), NODES / f"{node}.jpg"))
     edits = [row for graph, found in rows.items() if graph.startswith(("mini-pnp", "mini-p2p")) for row in found]

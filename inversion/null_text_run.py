@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..versatile_diffusion.model import DUAL, FLOW, RATIO
 from .checks import check_conditioning
 from .gradients import CHECKPOINTING, differentiable_options, memory_needed, private_model, room_needed, tries, with_room
 from .null_text import Branch, NullStep, Settings, optimise
@@ -87,6 +88,10 @@ def check_prompts(positive: list, negative: list, rows: int, what: str) -> None:
             f"Null-text optimisation starts from one empty prompt, but the negative conditioning has {len(negative)} parts"
             f"{' without text tokens' if len(negative) == 1 else ''}: connect a CLIP Text Encode with no text."
         )
+    options = negative[0][1]
+    if options.get(FLOW) == DUAL and float(options.get(RATIO, 1.0)) <= 0.0:
+        # the main tokens, which are trained, are the text's, and the model would never read them
+        raise ValueError("The negative conditioning blends text and picture at ratio 0, where its words have no effect: connect the negative of the picture alone.")
     if negative[0][0].shape[0] not in (1, rows):
         raise ValueError(
             f"The negative conditioning holds {negative[0][0].shape[0]} prompts, but the trajectory {rows} picture{'s' if rows > 1 else ''}: "

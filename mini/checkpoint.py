@@ -16,6 +16,7 @@ UNET_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "text_encoder."
 
 
 PARTS = ("autoencoder", "seecoder", "controlnet", "strips", "towers")  # not models by themselves
+BASE = {"versatile": "text_to_image"}  # members whose file holds only what they have beside another one
 
 
 def names() -> list[str]:
@@ -116,19 +117,28 @@ def load_vae(weights: dict[str, torch.Tensor]):
     return vae
 
 
+def stems(name: str) -> list[str]:
+    """Weights files (without their ending) that member `name` is made of, but for the autoencoder."""
+    return [BASE[name], name] if name in BASE else [name]
+
+
 def load(name: str):
     """(MODEL, CLIP, VAE) of the shipped member `name`. Raises ValueError, one sentence, when there is none of that name, or a weights file is missing or damaged."""
     known = names()
     if known and name not in known:
         raise ValueError(f"There is no mini model called {name}: choose one of {', '.join(known)}.")
+    load_unet = load_model
+    if name in BASE:
+        from .versatile import load_model as load_unet
     found = []
-    for file, parts in ((f"{name}.safetensors", (load_model, load_clip)), ("autoencoder.safetensors", (load_vae,))):
-        weights, _ = read_weights(WEIGHTS / file)
+    for files, parts in ((stems(name), (load_unet, load_clip)), (["autoencoder"], (load_vae,))):
+        weights = {key: value for file in files for key, value in read_weights(WEIGHTS / f"{file}.safetensors")[0].items()}
         try:
             found += [part(weights) for part in parts]
         # KeyError: tensors missing; RuntimeError: torch's list of all keys and shapes that do not fit
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"The file {file} holds other weights than this version of the pack expects; reinstall the pack or run `python dev.py train` again.") from error
+            which = " or ".join(f"{file}.safetensors" for file in files)
+            raise ValueError(f"The file {which} holds other weights than this version of the pack expects; reinstall the pack or run `python dev.py train` again.") from error
     model, clip, vae = found
     return model, clip, vae
 

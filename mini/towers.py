@@ -68,8 +68,13 @@ def load_clip_vision(weights_folder: Path):
     """The shipped image tower as the host's CLIP_VISION. Raises ValueError, one sentence, when its file is missing or damaged."""
     from comfy.clip_vision import ClipVisionModel
 
+    class MiniClipVision(ClipVisionModel):
+        """The host's class; says that its tokens are for a Versatile Diffusion of the mini family's width."""
+
+        context_width = CONTEXT
+
     weights, _ = read_weights(weights_folder / FILE)
-    model = ClipVisionModel(str(CONFIG))
+    model = MiniClipVision(str(CONFIG))
     vision = {name: value for name, value in weights.items() if name.startswith(("vision_model.", "visual_projection."))}
     try:
         missing, unexpected = model.load_sd(vision)

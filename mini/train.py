@@ -125,9 +125,20 @@ def train_towers(folder: Path, args, device) -> None:
     write_weights(args.output or WEIGHTS / FILE, state, metadata)
 
 
+def train_versatile(folder: Path, args, device) -> None:
+    """The mini Versatile Diffusion's attention set for pictures, on the shipped text-to-image model and image tower."""
+    from . import train_versatile as recipe
+    from .towers import load_clip_vision
+
+    start = read_weights(WEIGHTS / "versatile.safetensors")[0] if args.from_shipped else None
+    state, metadata = recipe.train(
+        folder, args.minutes, device, *shipped_text_to_image(), load_clip_vision(WEIGHTS), shipped_autoencoder(), args.seed, start, resume=not args.from_shipped)
+    write_weights(args.output or WEIGHTS / "versatile.safetensors", state, metadata)
+
+
 MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image, "seecoder_backbone": train_seecoder_backbone,
            "seecoder": train_seecoder, "controlnet": train_controlnet,
-           "strips": train_strips, "instruct_pix2pix": train_instruct_pix2pix, "towers": train_towers}
+           "strips": train_strips, "instruct_pix2pix": train_instruct_pix2pix, "towers": train_towers, "versatile": train_versatile}
 
 
 def main(argv: list[str]) -> int:

@@ -44,7 +44,8 @@ class MiniCheckpoint(io.ComfyNode):
                     "name",
                     options=options,
                     default=options[0],
-                    tooltip="Which member of the mini family to load. text_to_image draws scenes from captions like 'a red circle on the left'. Nothing is downloaded.",
+                    tooltip="Which member of the mini family to load. text_to_image draws scenes from captions like 'a red circle on the left', instruct_pix2pix edits "
+                    "pictures by instructions, versatile draws after pictures, captions and blends of both. Nothing is downloaded.",
                 )
             ],
             outputs=[
@@ -61,7 +62,7 @@ class MiniCheckpoint(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, name):
         """Weights that were trained anew are loaded anew."""
-        return _state(name, "autoencoder")
+        return _state(*checkpoint.stems(name), "autoencoder")
 
 
 def to_tensor(scene: Scene) -> torch.Tensor:

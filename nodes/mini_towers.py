@@ -16,7 +16,7 @@ class MiniTowers(io.ComfyNode):
             category="Palimpsest/mini",
             description=(
                 "Loads the image tower of the mini family: what CLIP ViT-L/14 is to Stable Diffusion, for pictures of scenes. With it and the text projection mini_towers "
-                "Visii Learn Instruction has its direction loss on the mini edit model."
+                "Visii Learn Instruction has its direction loss on the mini edit model, and Versatile Image Context gives the mini Versatile Diffusion its pictures."
             ),
             inputs=[],
             outputs=[io.ClipVision.Output("clip_vision", display_name="clip_vision", tooltip="The host's CLIP_VISION, for pictures of 128 x 128; others are scaled and cropped.")],

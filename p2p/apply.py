@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..attention_patches import host
-from ..attention_patches.blocks import unet_layers
+from ..attention_patches.blocks import check_reads_words, unet_layers
 from ..attention_patches.pnp import BRANCH
 from ..attention_patches.reference_pass import add_edits
 from ..attention_patches.source import CoevolvingSource, Source, check_conditioning
@@ -97,6 +97,7 @@ def apply_p2p(
     if clip is None:
         raise ValueError("There is no CLIP: connect that of the checkpoint (some checkpoints bring none, then use a CLIP loader).")
     layers = unet_layers(model)
+    check_reads_words(model)
     crosses = layers.points("attn2")
     if not crosses:
         raise ValueError("This model has no cross-attention that a prompt could be edited in: connect an SD1.x, SD2.x or SDXL checkpoint.")

@@ -172,7 +172,17 @@ def negative_for(choice: str, positive: list, text: list | None = None, embeddin
 
 
 def check_model(model, seecoder: SeeCoderModel) -> None:
-    """Raises ValueError, one sentence, when a MODEL wants tokens of another width than the encoder gives."""
+    """Raises ValueError, one sentence, when a MODEL wants tokens of another width than the encoder gives, or is a Versatile Diffusion, which reads others of the same width.
+
+    A diffuser of Prompt-Free Diffusion in Versatile Diffusion's naming is what SeeCoder was made for.
+    """
+    from ..versatile_diffusion.model import VersatileDiffusion
+
+    if isinstance(model.model, VersatileDiffusion) and not model.model.prompt_free:
+        raise ValueError(
+            "The connected model is a Versatile Diffusion, which reads pictures through its own encoder and not through SeeCoder: "
+            "connect an SD1.x checkpoint, or use Versatile Image Context in place of this node."
+        )
     width = token_width(model)
     name = type(model.model.model_config).__name__
     if width is None:

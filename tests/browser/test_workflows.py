@@ -4,6 +4,7 @@ import json
 import pytest
 
 from palimpsest.devtools.graphs import API_FOLDER, ROOT, in_order, load_graph
+from palimpsest.devtools.layout import fitted
 from palimpsest.devtools.server import PACK
 
 pytestmark = pytest.mark.browser
@@ -12,7 +13,8 @@ MINI = [path for path in WORKFLOWS if path.stem.startswith("mini-")]
 
 
 def models_of(path) -> list[dict]:
-    return [model for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] for model in node["properties"].get("models", [])]
+    """Files that a widget names: the page lists no others, such as a vocabulary beside a model."""
+    return [model for node in json.loads(path.read_text(encoding="utf-8"))["nodes"] for model in node["properties"].get("models", []) if model["name"] in node["widgets_values"]]
 
 
 def is_input(info: dict, name: str) -> bool:
@@ -74,10 +76,12 @@ def test_workflow_opens_without_missing_nodes(front_end, path):
 def test_the_page_reads_the_workflow_as_its_api_graph(front_end, path):
     front_end.open_workflow(path)
     offered = front_end.server.object_info()
+    widths = {str(node["id"]): node["size"][0] for node in json.loads(path.read_text())["nodes"]}
 
     def plain(graph):
-        # PreviewAny's page part adds a widget that its node does not have
-        return {node_id: (node["class_type"], node["_meta"]["title"], {name: value for name, value in node["inputs"].items() if is_input(offered[node["class_type"]], name)})
+        # The canvas cuts titles wider than their nodes; PreviewAny's page part adds a widget that its node does not have
+        return {node_id: (node["class_type"], fitted(node["_meta"]["title"], widths[node_id]),
+                          {name: value for name, value in node["inputs"].items() if is_input(offered[node["class_type"]], name)})
                 for node_id, node in graph.items()}
 
     assert plain(front_end.api_graph()) == plain(load_graph(API_FOLDER / path.name))

@@ -56,6 +56,26 @@ def test_a_declared_file_is_told_with_its_address():
     assert missing_models(loader("Ours", "weights", "s.safetensors", models=[entry]), INFO) == [Missing(**entry)]
 
 
+def test_one_file_for_two_folders_is_told_for_each_that_lacks_it():
+    entries = [{"name": "clip.safetensors", "directory": directory, "url": f"https://example.org/{directory}"} for directory in ("text_encoders", "clip_vision")]
+    graph = {"1": {"class_type": "Two", "inputs": {"clip_name": "clip.safetensors", "clip_vision_name": "clip.safetensors"}, "_meta": {"models": entries}}}
+    info = {"Two": {"input": {"required": {"clip_name": ["COMBO", {"options": []}], "clip_vision_name": ["COMBO", {"options": []}]}}}}
+    assert missing_models(graph, info) == [Missing(**entry) for entry in entries]
+    info["Two"]["input"]["required"]["clip_name"][1]["options"] = ["clip.safetensors"]
+    assert missing_models(graph, info) == [Missing(**entries[1])]
+
+
+def test_the_published_tasks_of_versatile_diffusion_have_a_graph_each():
+    stems = {path.stem for path in api_graphs()}
+    tasks = ("text_to_image", "variation", "dual", "multi", "focus", "image_to_text", "text_variation")
+    assert {f"versatile_{task}-vd" for task in tasks} <= stems
+    nodes = load_graph(next(path for path in api_graphs() if path.stem == "mini-versatile-dual"))
+    ratios = [node["inputs"]["ratio"] for node in nodes.values() if node["class_type"] == "PalimpsestVersatileDualContext"]
+    assert len(set(ratios)) >= 3 and all(0 < ratio < 1 for ratio in ratios)
+    samplers = [node for node in nodes.values() if node["class_type"] == "KSampler"]
+    assert all(nodes[node["inputs"]["positive"][0]]["class_type"] == "PalimpsestVersatileDualContext" for node in samplers) and len(samplers) == len(ratios)
+
+
 def test_a_declared_file_that_no_input_names_is_looked_for_on_disk(tmp_path):
     graph = loader("Ours", "weights", 3, models=[{"name": "s.bin", "directory": "seecoders"}])
     assert missing_models(graph, INFO, [tmp_path]) == [Missing("s.bin", "seecoders")]

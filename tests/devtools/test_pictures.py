@@ -7,7 +7,8 @@ from palimpsest.devtools.graphs import api_graphs, load_graph, role
 from palimpsest.devtools.sheet import Row
 from palimpsest.nodes import all_nodes
 
-IDS = [node.GET_SCHEMA().node_id for node in all_nodes()]
+ALL = [node.GET_SCHEMA().node_id for node in all_nodes()]
+IDS = [node for node in ALL if node not in pictures.WORDS_ONLY]
 
 
 def picture(color, size=(128, 128)):
@@ -71,7 +72,28 @@ def test_the_picture_of_every_node_is_in_the_readme_and_on_its_help_page(root, n
     assert f"](pictures/{node}.jpg)" in (root / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
 
 
-def test_every_graph_without_pictures_of_its_own_has_a_twin():
+@pytest.mark.parametrize("node", sorted(pictures.WORDS_ONLY))
+def test_a_node_without_a_picture_makes_words_and_stands_in_a_graph_that_shows_them(root, node):
+    """The exemption is for words only: no output of such a node is a picture, and its help page promises none."""
+    schema = next(entry.GET_SCHEMA() for entry in all_nodes() if entry.GET_SCHEMA().node_id == node)
+    assert "IMAGE" not in {output.io_type for output in schema.outputs} and node not in pictures.SHOWN
+    graphs = [load_graph(path).values() for path in api_graphs()]
+    having = [nodes for nodes in graphs if any(entry["class_type"] == node for entry in nodes)]
+    assert having and all(any(entry["class_type"] == "PreviewAny" for entry in nodes) for nodes in having)
+    assert "](pictures/" not in (root / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+
+
+def test_a_card_of_words_is_drawn_in_its_middle():
+    whole = pictures.card(("picture", "text"))
+    side = pictures.THUMBNAIL
+    assert whole.size == (side, side)
+    assert whole.getcolors(side * side)[0][0] < side * side, "something is written"
+    margins = [whole.crop(box).getcolors() for box in ((0, 0, side, side // 6), (0, side - side // 6, side, side))]
+    assert all(len(colors) == 1 for colors in margins)
+
+
+def test_every_graph_without_pictures_of_its_own_has_a_twin_or_a_card():
     stems = {path.stem for path in api_graphs()}
-    assert {stem for stem in stems if not stem.startswith("mini-")} == set(pictures.TWINS)
+    assert {stem for stem in stems if not stem.startswith("mini-")} == set(pictures.TWINS) | set(pictures.CARDS)
+    assert not set(pictures.TWINS) & set(pictures.CARDS)
     assert set(pictures.TWINS.values()) <= stems

@@ -46,6 +46,57 @@ def instruct_pix2pix_shapes() -> dict[str, torch.Size]:
     return {**shapes, **{name: torch.Size([1]) for name in unet}, **{averaged(name): shapes[name] for name in unet}}
 
 
+def vae_sd15_shapes() -> dict[str, torch.Size]:
+    """Every tensor of a VAE of SD 1.x in a file of its own (kl-f8)."""
+    return {name.removeprefix("first_stage_model."): shape for name, shape in sd15_shapes().items() if name.startswith("first_stage_model.")}
+
+
+def versatile_shapes() -> dict[str, torch.Size]:
+    """Both diffusers of Versatile Diffusion under the names of the official file of 2023: contexts and text latents of the real width, a small UNet.
+
+    The loaders read every other size from the file, and the real one has 2.6 thousand million numbers.
+    """
+    from ...versatile_diffusion.keys import OFFICIAL_2023, write
+    from ...versatile_diffusion.model import WIDTH
+    from ...versatile_diffusion.text_unet import TEXT_LATENT
+    from . import versatile, versatile_text
+
+    image = versatile.common_names(versatile.tiny(width=versatile_text.WIDTH, context=WIDTH, multipliers=versatile_text.MULTIPLIERS))
+    text = versatile_text.published(versatile_text.tiny_text(latent=TEXT_LATENT, context=WIDTH), OFFICIAL_2023)
+    return {key: tensor.shape for key, tensor in ({write(name, OFFICIAL_2023): tensor for name, tensor in image.items()} | text).items()}
+
+
+def clip_text_shapes() -> dict[str, torch.Size]:
+    """The text half of openai/clip-vit-large-patch14, with its projection; the host reads no size of it from the file."""
+    import comfy.sd1_clip
+
+    with torch.device("meta"):
+        clip = comfy.sd1_clip.SD1ClipModel(device=torch.device("meta"), dtype=torch.float16).clip_l
+        return {name: value.shape for name, value in clip.transformer.state_dict().items() if not name.endswith("position_ids")}
+
+
+def clip_vision_shapes() -> dict[str, torch.Size]:
+    """The picture half of openai/clip-vit-large-patch14, with its projection; likewise."""
+    import json
+
+    import comfy.clip_model
+    import comfy.clip_vision
+    import comfy.ops
+
+    config = json.loads(Path(comfy.clip_vision.__file__).with_name("clip_vision_config_vitl.json").read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        tower = comfy.clip_model.CLIPVisionModelProjection(config, torch.float16, torch.device("meta"), comfy.ops.disable_weight_init)
+        return {name: value.shape for name, value in tower.state_dict().items() if not name.endswith("position_ids")}
+
+
+def optimus_shapes() -> dict[str, torch.Size]:
+    """A small Optimus whose latents have the real width; the loader reads every other size from the file."""
+    from ...versatile_diffusion.text_unet import TEXT_LATENT
+    from .versatile_text import optimus_shapes as shapes
+
+    return {name: torch.Size(shape) for name, shape in shapes(latent=TEXT_LATENT).items()}
+
+
 def controlnet_sd15_shapes() -> dict[str, torch.Size]:
     """Every tensor of an SD1.5 ControlNet file, by the name it has there."""
     import comfy.cldm.cldm
@@ -93,4 +144,5 @@ def write_random_checkpoint(path: Path, shapes: dict[str, torch.Size], seed: int
     if path.suffix == ".safetensors":
         save_file(tensors, str(path))
     else:
-        torch.save(tensors, path)
+        # a view would take its whole storage along
+        torch.save({name: tensor.clone() for name, tensor in tensors.items()}, path)

@@ -18,7 +18,7 @@ def test_no_warning_names_this_pack(oldest_server, root):
     assert our_warnings(oldest_server, root) == []
 
 
-@pytest.mark.parametrize("method", ["ddim_invert", "pnp", "mrsa", "instruct_pix2pix"])
+@pytest.mark.parametrize("method", ["ddim_invert", "pnp", "mrsa", "instruct_pix2pix", "versatile"])
 def test_every_method_has_a_smoke_graph(method):
     """An empty list would be no test at all."""
     assert [path for path in SMOKE if path.stem.startswith(f"mini-{method}")]
