@@ -94,6 +94,14 @@ def text_states(encoder: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return text.final_layer_norm(x)
 
 
+def mixed_precision(kind: str) -> torch.autocast:
+    """The context of a training's forward pass on devices of a kind ("cpu", "cuda"): bf16 where that is faster than fp32.
+
+    Processors without AVX-512 have no bf16 products; a convolution and its gradients took 30 times as long there.
+    """
+    return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
+
+
 def attention_for_training(original, q, k, v, heads, mask=None, **kwargs):
     """The host's `optimized_attention_override` with the plain formula softmax(q k^T / sqrt d + mask) v.
 

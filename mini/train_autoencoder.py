@@ -9,6 +9,7 @@ import torch
 
 from .autoencoder import Autoencoder
 from ..inversion.report import psnr
+from .nets import mixed_precision
 from .optim import Trainer
 from .scenes import SIZE, render, sample_scene
 
@@ -66,7 +67,7 @@ def train(folder: Path, minutes: float, device: torch.device, seed: int = 0, wei
         while going:
             pick = torch.randint(POOL, (BATCH,), generator=trainer.generator)
             x = pool[pick].to(device).float().to(memory_format=torch.channels_last) / 127.5 - 1
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 raw = model.encoder(x)
                 spread = raw.detach().float().std((0, 2, 3), keepdim=True)
                 y = model.decoder(raw + JITTER * spread * torch.randn(raw.shape, generator=trainer.generator).to(device))

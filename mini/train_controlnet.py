@@ -10,7 +10,7 @@ import torch
 from . import train_text_to_image as base
 from .autoencoder import SCALE, Autoencoder
 from .captions import caption
-from .nets import attention_for_training, controlnet_config, initialise, text_states
+from .nets import attention_for_training, controlnet_config, initialise, mixed_precision, text_states
 from .optim import Trainer
 from .scenes import masks, outline, render, sample_scene
 from .tokens import GrammarTokens
@@ -47,7 +47,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
         scenes = [sample_scene(TRAIN_SEED + start + i) for i in range(100)]
         hints[start:start + 100] = torch.from_numpy(np.stack([outline(masks(scene)) for scene in scenes]) * 255).to(torch.uint8)
         drawn = torch.from_numpy(np.stack([render(scene) for scene in scenes])).movedim(-1, 1)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), mixed_precision("cpu"):
             latents.append((autoencoder.encode(drawn * 2 - 1) * SCALE).half())
     latents, abar = torch.cat(latents).clone(), base.schedule().to(device)
     fresh = ("zero_convs.", "middle_block_out.", "input_hint_block.", "input_blocks.0.")
@@ -67,7 +67,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
             noise = base.draw_noise(clean.shape, g).to(device)
             a = abar[t][:, None, None, None]
             noisy, hint = a.sqrt() * clean + (1 - a).sqrt() * noise, (hints[pick].to(device).float() / 255)[:, None].expand(-1, 3, -1, -1)
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 with torch.no_grad():
                     context = text_states(text, ids.to(device)) * (torch.rand(BATCH, 1, 1, generator=g) >= SILENT).to(device)
                 found = net(x=noisy, hint=hint, timesteps=t.float(), context=context)

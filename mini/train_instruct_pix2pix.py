@@ -24,7 +24,7 @@ from .autoencoder import SCALE, Autoencoder
 from .checkpoint import TEXT_PREFIX, UNET_PREFIX
 from .compounds import GAP, compound, join
 from .instructions import triple, vocabulary
-from .nets import attention_for_training, new_text_encoder, new_unet, text_states
+from .nets import attention_for_training, mixed_precision, new_text_encoder, new_unet, text_states
 from .optim import Trainer
 from .scenes import render
 from .tokens import GrammarTokens
@@ -69,7 +69,7 @@ def precompute(folder: Path, autoencoder: Autoencoder, count: int, draw: Callabl
     for start in range(0, count, 100):
         found = [draw(first + i) for i in range(start, min(start + 100, count))]
         drawn = np.stack([render(scene) for one in found for scene in (one.before, one.after)])
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), mixed_precision("cpu"):
             parts.append((autoencoder.encode(torch.from_numpy(drawn).movedim(-1, 1) * 2 - 1) * SCALE).half())
         if start % 2000 == 0:
             print(f"pairs: {start} of {count}", flush=True)
@@ -139,14 +139,14 @@ def train(folder: Path, minutes: float, device: torch.device, weights: dict[str,
 
     def encode(ids, more, end, count):
         # not compiled: how many rows are joined changes with every batch
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device.type):
             states = text_states(model["text"], ids)
             if (used := count > 0).any():
                 states = states.index_put((used,), join(states[used], text_states(model["text"], more[used]), end[used], count[used]))
         return states
 
     def predict(noisy, t, context):
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device.type):
             return model["unet"](noisy, t, context=context, transformer_options={"optimized_attention_override": attention_for_training}).float()
 
     if compiled:

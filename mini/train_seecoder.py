@@ -18,7 +18,7 @@ from ..seecoder.network import SeeCoder
 from ..seecoder.sizes import Sizes
 from . import train_text_to_image as base
 from .autoencoder import SCALE, Autoencoder
-from .nets import CONTEXT, attention_for_training, initialise
+from .nets import CONTEXT, attention_for_training, initialise, mixed_precision
 from .optim import Trainer
 from .scenes import masks, render, sample_scene
 
@@ -136,7 +136,7 @@ def train_backbone(folder: Path, minutes: float, device: torch.device, seed: int
         while going:
             pick = torch.randint(POOL, (BACKBONE_BATCH,), generator=trainer.generator)
             wanted = {name: values[pick].to(device) for name, values in labels.items()}
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 maps = model["swin"](images[pick].to(device).float() / 255)
                 logits = [head(x) for head, x in zip(model["heads"], maps)]
             loss = sum(reading_loss(x.float(), adaptive_avg_pool2d(shares[pick].to(device), x.shape[1:3]), wanted) for x in logits)
@@ -159,7 +159,7 @@ def train(folder: Path, minutes: float, device: torch.device, backbone: dict, un
     net, unet = net.to(device), unet.to(device).requires_grad_(False)
     images, _, _ = draw(TRAIN_SEED + POOL, POOL)
     latents = []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with torch.inference_mode(), mixed_precision("cpu"):
         for batch in images.split(100):
             latents.append((autoencoder.encode(batch.float() / 127.5 - 1) * SCALE).half())
     latents, abar = torch.cat(latents).clone(), base.schedule().to(device)
@@ -176,7 +176,7 @@ def train(folder: Path, minutes: float, device: torch.device, backbone: dict, un
             noise = base.draw_noise(clean.shape, g).to(device)
             a = abar[t][:, None, None, None]
             heard = (torch.rand(BATCH, generator=g) >= DROPOUT).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 context = net(images[pick].to(device).float() / 255) * heard[:, None, None]
                 predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context,
                                  transformer_options={"optimized_attention_override": attention_for_training}).float()

@@ -14,7 +14,7 @@ import torch
 
 from . import train_text_to_image as base
 from .autoencoder import SCALE, Autoencoder
-from .nets import attention_for_training, text_states
+from .nets import attention_for_training, mixed_precision, text_states
 from .optim import Trainer
 from .scenes import Scene, masks, render
 from .strips import ALONE, PANELS, TOGETHER, captions, sample_strip
@@ -96,7 +96,7 @@ def precompute(autoencoder: Autoencoder, count: int) -> tuple[torch.Tensor, torc
         strips = [sample_strip(TRAIN_SEED + i) for i in range(start, min(start + 50, count))]
         labels += [torch.stack([labels_of(panel, [obj.shape for obj in strip.panels[-1].objects]) for panel in strip.panels]) for strip in strips]
         drawn = np.stack([render(panel) for strip in strips for panel in strip.panels])
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), mixed_precision("cpu"):
             parts.append((autoencoder.encode(torch.from_numpy(drawn).movedim(-1, 1) * 2 - 1) * SCALE).half())
     return torch.cat(parts).clone().unflatten(0, (-1, PANELS)), torch.stack(labels)
 
@@ -138,7 +138,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
             noise = base.draw_noise(clean.shape, g).to(device)
             a = abar[t][:, None, None, None]
             attention = StripAttention(labels[pick].to(device))
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 with torch.no_grad():
                     context = text_states(text, ids)
                 predicted = unet(a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), context=context, transformer_options={"optimized_attention_override": attention}).float()

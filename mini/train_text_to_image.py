@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from .autoencoder import SCALE, Autoencoder
 from .captions import caption
-from .nets import CONTEXT, END, attention_for_training, new_text_encoder, new_unet, text_states
+from .nets import CONTEXT, END, attention_for_training, mixed_precision, new_text_encoder, new_unet, text_states
 from .optim import Trainer
 from .scenes import BACKGROUNDS, COLORS, PATTERNS, PLACES, SHAPES, SIZES, STYLES, sample_scene
 from .tokens import GrammarTokens
@@ -47,7 +47,7 @@ def precompute(folder: Path, autoencoder: Autoencoder, count: int = SCENES) -> t
     parts = []
     for start in range(0, count, 2000):
         batch = pictures(TRAIN_SEED + start, min(2000, count - start))
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), mixed_precision("cpu"):
             parts += [(autoencoder.encode(b.float() / 127.5 - 1) * SCALE).half() for b in batch.split(100)]
         print(f"latents: {start + len(batch)} of {count}", flush=True)
     latents = torch.cat(parts).clone()
@@ -155,7 +155,7 @@ def train(folder: Path, minutes: float, device: torch.device, autoencoder: Autoe
     g = trainer.generator
 
     def predict(noisy, t, ids):
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device.type):
             context = text_states(model["text"], ids)
             predicted = model["unet"](noisy, t, context=context, transformer_options={"optimized_attention_override": attention_for_training})
         return predicted.float(), context.float()

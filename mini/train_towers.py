@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from .captions import caption
 from .instructions import triple
-from .nets import text_states
+from .nets import mixed_precision, text_states
 from .optim import Trainer
 from .scenes import render
 from .tokens import GrammarTokens
@@ -87,7 +87,7 @@ def train(folder: Path, minutes: float, device: torch.device, text: torch.nn.Mod
             seeds = torch.randint(1 << 40, (BATCH,), generator=g).tolist()
             ids = batch_texts(tokens, [triples[i] for i in pick.tolist()], sides.tolist(), seeds).to(device)
             pixels = images[pick].to(device).flatten(0, 1).float() / 255
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 with torch.no_grad():
                     states = text_states(text, ids)
                 seen, told = net.image_features(pixels).float().unflatten(0, (BATCH, 2)), net.text_features(states).float()

@@ -23,7 +23,7 @@ from ..versatile_diffusion.keys import CONTEXT, IMAGE, Name, group_of
 from . import train_text_to_image as base
 from .autoencoder import Autoencoder
 from .checkpoint import UNET_PREFIX
-from .nets import attention_for_training, text_states, unet_config
+from .nets import attention_for_training, mixed_precision, text_states, unet_config
 from .optim import Trainer
 from .tokens import GrammarTokens
 from .train_autoencoder import pictures
@@ -143,7 +143,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
             noise = base.draw_noise(clean.shape, g).to(device)
             a = abar[t][:, None, None, None]
             noisy = a.sqrt() * clean + (1 - a).sqrt() * noise
-            with torch.autocast(device.type, torch.bfloat16):
+            with mixed_precision(device.type):
                 if ratio > 0:
                     ids, _ = base.batch_tokens(tokens, told.tolist(), g)
                     with torch.no_grad():

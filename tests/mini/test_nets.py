@@ -57,6 +57,14 @@ def test_the_attention_for_training_is_the_hosts(tokens, keys):
     assert (ours.float() - expected).abs().max() < 0.03, "bf16 rounding, no more"
 
 
+@pytest.mark.parametrize("capability, dtype", [("AVX512", torch.bfloat16), ("AVX2", torch.float32)])
+def test_a_processor_without_bf16_products_trains_in_fp32(monkeypatch, capability, dtype):
+    """Regression: without AVX-512 a convolution in bf16 took 30 times as long, and a training stood still."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with nets.mixed_precision("cpu"):
+        assert torch.nn.Linear(4, 4)(torch.ones(1, 4)).dtype == dtype
+
+
 def test_the_attention_for_training_takes_the_hosts_mask():
     from comfy.ldm.modules.attention import attention_pytorch
 
