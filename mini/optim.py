@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-WARMUP = 200  # steps
+WARMUP = 200  # steps, where nothing else is asked for
 COOLDOWN = 0.35  # fraction of the minutes asked for
 SAVE_EVERY = 300.0  # seconds
 PAUSE = 60.0  # seconds without a step after which the process was suspended, not slow
@@ -27,12 +27,12 @@ class Trainer:
     `folder` holds `state.safetensors` (weights, average, optimiser moments), `state.json` (counters) and `curve.csv`.
     `minutes` is wall-clock time for this call; `decay` is the per-step decay of the average (EMA). `muon` names the weights
     that Muon updates (Jordan et al. 2024; convolutions as matrices [out, in * kh * kw]), at AdamW's step size (Liu et al.
-    2025, section 2.2); AdamW has the others.
+    2025, section 2.2); AdamW has the others. `warmup`: steps in which the learning rate grows to `lr`, None for the usual number.
     """
 
     def __init__(self, module: torch.nn.Module, folder: Path, minutes: float, lr: float, seed: int, decay: float = 0.999,
-                 muon: Collection[str] = ()):
-        self.module, self.folder, self.lr, self.decay = module, Path(folder), lr, decay
+                 muon: Collection[str] = (), warmup: int | None = None):
+        self.module, self.folder, self.lr, self.decay, self.warmup = module, Path(folder), lr, decay, warmup or WARMUP
         self.folder.mkdir(parents=True, exist_ok=True)
         self.named = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.average = {k: p.detach().clone() for k, p in self.named.items()}
@@ -138,7 +138,7 @@ class Trainer:
         if self.step and not self.cooling and (cooling or time.monotonic() - self.saved > SAVE_EVERY):
             self.save()
         self.cooling = cooling
-        rate = min(1.0, (self.step + 1) / WARMUP) * min(1.0, max(0.0, (1 - progress) / COOLDOWN))
+        rate = min(1.0, (self.step + 1) / self.warmup) * min(1.0, max(0.0, (1 - progress) / COOLDOWN))
         self.module.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)

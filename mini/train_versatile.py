@@ -1,7 +1,8 @@
 """Training recipe of the mini Versatile Diffusion: an attention set that reads pictures, beside the text-to-image model's (Xu et al. 2023, section 3.2).
 
-The lineage of the original: the set starts as a copy of the one for texts, and learns to draw a scene after the context of its own picture,
-from the family's image tower (image variation). All else stays as it is, to the bit. Zeros take the context's place now and then, for guidance.
+The lineage of the original: the set starts as a copy of the one for texts (which distill_versatile.py may have taught first), and learns to draw
+a scene after the context of its own picture, from the family's image tower (image variation). All else stays as it is, to the bit. Zeros take the
+context's place now and then, for guidance.
 
 The original's flows never meet in training. At this size mixtures would be strange to the residual blocks, so a share of the batches runs
 both sets at a drawn ratio. There the caption is the picture's own, or that of another scene, and the scene to draw is then the text's as often as the ratio says:
@@ -11,6 +12,7 @@ a set that only ever saw the two agree would outshout a text that does not.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from .train_autoencoder import pictures
 from .train_instruct_pix2pix import cell_weights
 from .versatile import is_image_set
 
-BATCH, POOL, RATE = 64, 16_000, 1e-3
+BATCH, POOL, RATE, WARMUP = 64, 16_000, 1e-3, 40
 DROPOUT = 0.1  # of all a row reads
 MIXED, APART = 0.25, 0.5  # share of the batches that run both sets; of their rows, that read the caption of another scene
 MEASURED = 256  # captions and pictures whose tokens are measured
@@ -79,14 +81,14 @@ def scaled(image_set: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
     return {key: value * factor if key.endswith(READERS) else value for key, value in image_set.items()}
 
 
-def new_unet(state: dict[str, Tensor]) -> DualUNet:
-    """The UNet with both sets in float32, of which the set for pictures alone is to learn. state: of `start_from`."""
+def new_unet(state: dict[str, Tensor], learns: Callable[[str], bool] = is_image_set) -> DualUNet:
+    """The UNet with both sets in float32, of which the tensors that `learns` names are to learn. state: of `start_from`."""
     import comfy.ops
 
     unet = DualUNet(**unet_config(), sets=SETS, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
     unet.load_state_dict(state)
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(is_image_set(name))
+        parameter.requires_grad_(learns(name))
     return unet
 
 
@@ -128,7 +130,7 @@ def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Mod
     net, text, abar = new_unet(state).to(device), text.to(device), base.schedule().to(device)
     learn = {name: p for name, p in net.named_parameters() if p.requires_grad}
     print(f"{sum(p.numel() for p in learn.values())} parameters learn; a picture's tokens are made {factor:.2f} times as long", flush=True)
-    trainer = Trainer(net, folder, minutes, RATE, seed, muon={name for name, p in learn.items() if p.ndim >= 2})
+    trainer = Trainer(net, folder, minutes, RATE, seed, muon={name for name, p in learn.items() if p.ndim >= 2}, warmup=WARMUP)
     if resume:
         trainer.resume()
     g, going, empty = trainer.generator, True, tokens.encode("")

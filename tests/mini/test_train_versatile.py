@@ -143,7 +143,7 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "WEIGHTS", tmp_path / "weights")
     for name, value in (("POOL", 6), ("BATCH", 4), ("MIXED", 0.5)):
         monkeypatch.setattr(recipe, name, value)
-    monkeypatch.setattr(optim, "WARMUP", 1)
+    monkeypatch.setattr(recipe, "WARMUP", 1)
     began = {}
     monkeypatch.setattr(optim.Trainer, "progress", property(lambda trainer: (trainer.step - began.setdefault(id(trainer), trainer.step)) / 6))
     return tmp_path
