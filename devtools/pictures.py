@@ -66,7 +66,8 @@ TWINS = {"pnp-sd15": "mini-pnp-background", "ddim_invert-sd15": "mini-ddim_inver
          "mrsa-sd15": "mini-mrsa-two_concepts", "mrsa_controlnet-sd15": "mini-mrsa-controlnet",
          "instruct_pix2pix-sd15": "mini-instruct_pix2pix", "visii-sd15": "mini-visii",
          "versatile_text_to_image-vd": "mini-text_to_image", "versatile_variation-vd": "mini-versatile-variation", "versatile_dual-vd": "mini-versatile-dual",
-         "versatile_multi-vd": "mini-versatile-combine", "versatile_focus-vd": "mini-versatile-focus"}
+         "versatile_multi-vd": "mini-versatile-combine", "versatile_focus-vd": "mini-versatile-focus",
+         "versatile_text_edit-vd": "mini-versatile-dual"}
 # A graph whose result is words, without a twin: its thumbnail says what is made of what.
 CARDS = {"versatile_image_to_text-vd": ("picture", "text"), "versatile_text_variation-vd": ("text", "texts")}
 CELL, GAP, QUALITY = 256, 8, 88

@@ -19,7 +19,12 @@ class MiniTowers(io.ComfyNode):
                 "Visii Learn Instruction has its direction loss on the mini edit model, and Versatile Image Context gives the mini Versatile Diffusion its pictures."
             ),
             inputs=[],
-            outputs=[io.ClipVision.Output("clip_vision", display_name="clip_vision", tooltip="The host's CLIP_VISION, for pictures of 128 x 128; others are scaled and cropped.")],
+            outputs=[
+                io.ClipVision.Output(
+                    "clip_vision", display_name="clip_vision",
+                    tooltip="The host's CLIP_VISION, for pictures of 128 x 128; others are scaled, and squashed or cropped by the node that reads them.",
+                ),
+            ],
         )
 
     @classmethod

@@ -88,6 +88,7 @@ class VersatileLoader(io.ComfyNode):
     def execute(cls, model_name, flows, precision, attention_sets, clip_name, clip_vision_name, vae_name, **kwargs) -> io.NodeOutput:
         chosen = {kind: picked(kind, name) for kind, name in (("clip", clip_name), ("clip_vision", clip_vision_name), ("vae", vae_name))}
         source = sources.recognise(files.find(model_name), attention_sets)
+        loader.chosen_sets(source, flows)  # a set that is not there is refused before gigabytes are read
         extras = {kind: loader.load_extra(kind, source, path) for kind, path in chosen.items()}
         model = loader.load_model(source, flows, precision)
         report = loader.describe(source, model, extras)
@@ -127,7 +128,11 @@ class VersatileDualContext(io.ComfyNode):
             ),
             inputs=[
                 io.Conditioning.Input("text", tooltip="From CLIP Text Encode with the CLIP of Versatile Diffusion Loader. Areas, ranges and ControlNets on it stay."),
-                io.Conditioning.Input("image", tooltip="From Versatile Image Context, or Focus, Combine Images or Load Context after it."),
+                io.Conditioning.Input(
+                    "image",
+                    tooltip="From Versatile Image Context, or Focus, Combine Images or Load Context after it. Areas, masks, ranges, hooks and ControlNets "
+                    "on it are dropped: set them on the text.",
+                ),
                 io.Float.Input(
                     "ratio",
                     default=0.5,
@@ -141,7 +146,11 @@ class VersatileDualContext(io.ComfyNode):
                     optional=True,
                     tooltip="CLIP Text Encode of an empty text, as published, or of what to avoid. Without it: zero tokens, which are published for pictures only.",
                 ),
-                io.Conditioning.Input("negative_image", optional=True, tooltip="From Versatile Empty Image Context. Without it: zero tokens of the picture's shape, as published."),
+                io.Conditioning.Input(
+                    "negative_image",
+                    optional=True,
+                    tooltip="From Versatile Empty Image Context; what hangs on it is dropped likewise. Without it: zero tokens of the picture's shape, as published.",
+                ),
                 io.Model.Input("model", optional=True, tooltip="Connect the model to have it checked here that it is a Versatile Diffusion. It is not changed."),
             ],
             outputs=[

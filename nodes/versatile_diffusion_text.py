@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import comfy.model_management
+import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..inversion.display import show
-from ..versatile_diffusion import files, optimus, optimus_files, sources, text_unet_loader
+from ..versatile_diffusion import files, loader, optimus, optimus_files, sources, text_unet_loader
 from ..versatile_diffusion.optimus_sockets import OptimusType
 from ..versatile_diffusion.optimus_words import REPEATS
 from ..versatile_diffusion.text_unet import TEXT_LATENT
+from .versatile_diffusion import FROM_MODEL, PICKERS, picked
 
 CATEGORY = "Palimpsest/versatile diffusion"
 
@@ -44,7 +48,7 @@ class VersatileTextLoader(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads Versatile Diffusion's text diffuser, which samples the latent of a text: a caption of a picture (image-to-text) or a variation of a text. "
-                "A MODEL of its own, so that picture flows never load its 3.4 GB."
+                "A MODEL of its own, so that picture flows never load its 3.4 GB. The CLIP that text variation needs comes with it."
             ),
             inputs=[
                 io.Combo.Input(
@@ -69,31 +73,43 @@ class VersatileTextLoader(io.ComfyNode):
                     "attention_sets",
                     options=list(sources.CROSSINGS),
                     default=sources.AUTO,
-                    tooltip="As in Versatile Diffusion Loader: crossed exchanges the sets of texts and pictures, auto reads model_index.json of a folder.",
+                    tooltip="As in Versatile Diffusion Loader: crossed exchanges the sets of texts and pictures, auto reads model_index.json of a folder. "
+                    "A file of one set that ComfyUI saved: as stored if it reads texts, crossed if it reads pictures.",
+                ),
+                io.Combo.Input(
+                    "clip_name",
+                    options=[FROM_MODEL, *folder_paths.get_filename_list(PICKERS["clip"])],
+                    default=FROM_MODEL,
+                    tooltip="The text encoder for text variation, as in Versatile Diffusion Loader: text_encoder of the diffusers folder or the original "
+                    f"CLIP ViT-L/14 with text_projection. Files of models/{PICKERS['clip']}; the official .pth holds none. Captions need none.",
                 ),
             ],
             outputs=[
                 io.Model.Output("model", display_name="model", tooltip="For KSampler with Versatile Empty Text Latent: ddim, ddim_uniform, 50 steps, cfg 7.5."),
                 io.String.Output("report", display_name="report", tooltip="What was found and loaded."),
+                io.Clip.Output("clip", display_name="clip", tooltip="For CLIP Text Encode: what it gives are text contexts, the prompts of text variation."),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model_name, contexts, precision, attention_sets, **kwargs) -> io.NodeOutput:
+    def execute(cls, model_name, contexts, precision, attention_sets, clip_name, **kwargs) -> io.NodeOutput:
+        path = picked("clip", clip_name)
         source = text_unet_loader.recognise(files.find(model_name), attention_sets)
+        text_unet_loader.chosen_sets(source, contexts)  # a set that is not there is refused before the CLIP is read
+        clip = loader.load_extra("clip", source, path)
         model = text_unet_loader.load_model(source, contexts, precision)
-        report = text_unet_loader.describe(source, model)
-        return io.NodeOutput(model, report, ui=show(cls, report))
+        report = text_unet_loader.describe(source, model, clip)
+        return io.NodeOutput(model, report, clip, ui=show(cls, report))
 
     @classmethod
     def validate_inputs(cls, model_name):
         return listed(files.find, model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name=None, **kwargs):
-        """A file that was replaced is loaded anew."""
-        return stamp(files.find, model_name)
+    def fingerprint_inputs(cls, model_name=None, clip_name=None, **kwargs):
+        """Files that were replaced are loaded anew."""
+        return f"{stamp(files.find, model_name)} {stamp(functools.partial(picked, 'clip'), clip_name)}".strip()
 
 
 class VersatileEmptyTextLatent(io.ComfyNode):

@@ -190,7 +190,7 @@ def with_options(new: list, old: list) -> list:
 def dual_conditioning(text: list, image: list, ratio: float) -> list:
     """CONDITIONING with both contexts. ratio: share of the text, 0 (picture alone) to 1 (text alone).
 
-    The main tensor is the text's, so that stock nodes act on the words, and areas, ranges and ControlNets of the text stay.
+    The main tensor is the text's, so that stock nodes act on the words. Areas, ranges and ControlNets of the text stay, those of the image are dropped.
     Raises ValueError, one sentence, for contexts in the wrong input.
     """
     flow = flow_of(text, "text input")

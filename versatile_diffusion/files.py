@@ -41,7 +41,7 @@ def _diffusers_folders() -> list[str]:
     found = set()
     for root in _roots():
         for folder, folders, _ in os.walk(root, followlinks=True):
-            if "image_unet" in folders:
+            if "image_unet" in folders or "text_unet" in folders:
                 found.add(Path(os.path.relpath(folder, root)).as_posix())
                 folders.clear()
     return sorted(found)
@@ -132,9 +132,9 @@ class TensorFile:
         """Number format of a tensor."""
         return next(self.read([name]))[1].dtype
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """Copies of the tensors whose names start with `prefix`, without it."""
-        names = [name for name in self.shapes if name.startswith(prefix)]
+    def part(self, prefix: str, starts: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+        """Copies of the tensors whose names start with `prefix` and then one of `starts`, without the prefix."""
+        names = [name for name in self.shapes if name.startswith(tuple(prefix + start for start in starts))]
         return {name[len(prefix):]: tensor.clone() for name, tensor in self.read(names)}
 
 

@@ -23,6 +23,11 @@ FLOWS = (ALL, *SETS)
 PRECISIONS = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STEM, KEYS = "input_blocks.0.0.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 LEVELS = (1, 4, 7, 10)  # input blocks that open a level
+VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # kl-f8.pth holds its training loss too
+VAE_SIZES = {
+    "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "attn_resolutions": [], "dropout": 0.0,
+}
 
 
 def sizes(shapes: dict[str, tuple[int, ...]], title: str) -> dict:
@@ -98,7 +103,7 @@ def load_clip(file: TensorFile, prefix: str = ""):
         )
     if table[-1] != WIDTH or tuple(projection) != (WIDTH, WIDTH):
         raise ValueError(f"The text encoder in {file.name} is {table[-1]} values wide, but Versatile Diffusion's is CLIP ViT-L/14 of {WIDTH}: choose that one.")
-    state = {key: tensor for key, tensor in file.part(prefix).items() if key.startswith(("text_model.", "text_projection."))}
+    state = file.part(prefix, ("text_model.", "text_projection."))
     stored = set(state)
     clip = comfy.sd.load_text_encoder_state_dicts(
         [state], embedding_directory=folder_paths.get_folder_paths("embeddings"), model_options={"clip_l_class": TextContextEncoder}
@@ -120,7 +125,7 @@ def load_clip_vision(file: TensorFile, prefix: str = ""):
     if tuple(positions) != (257, 1024) or tuple(projection) != (WIDTH, 1024):
         found = f"{positions[0]} tokens of {positions[-1]} values, projected to {projection[0]}"
         raise ValueError(f"The vision model in {file.name} has {found}, but Versatile Diffusion reads pictures through {TOWER}: choose that one.")
-    state = {key: tensor for key, tensor in file.part(prefix).items() if key.startswith(("vision_model.", "visual_projection."))}
+    state = file.part(prefix, ("vision_model.", "visual_projection."))
     stored = set(state)
     clip_vision = comfy.clip_vision.load_clipvision_from_sd(state)
     if clip_vision is None:
@@ -136,12 +141,39 @@ def _complete(stored: set[str], network: torch.nn.Module, file: TensorFile) -> N
 
 
 def load_vae(file: TensorFile, prefix: str = ""):
-    """The VAE of a file. Raises ValueError, one sentence, when it holds none."""
+    """The VAE of a file. Raises ValueError, one sentence, when it holds none, another kind or only a part: the host would just log what is missing."""
     import comfy.sd
 
-    if not {f"{prefix}decoder.conv_in.weight", f"{prefix}encoder.conv_in.weight"} <= file.shapes.keys():
+    first = file.shapes.get(f"{prefix}decoder.conv_in.weight")
+    if first is None or f"{prefix}encoder.conv_in.weight" not in file.shapes:
         raise ValueError(f"The file {file.name} holds no VAE: choose kl-f8.pth, the folder's vae or a VAE of SD 1.x.")
-    return comfy.sd.VAE(sd=file.part(prefix))
+    if len(first) == 4 and first[1] != VAE_SIZES["z_channels"]:
+        raise ValueError(
+            f"The VAE in {file.name} has {first[1]} latent channels, but Versatile Diffusion's has 4: choose kl-f8.pth, the folder's vae or a VAE of SD 1.x."
+        )
+    expected = _vae_shapes()
+    stored = _host_named({key.removeprefix(prefix): shape for key, shape in file.shapes.items() if key.startswith(prefix)})
+    compare_shapes({key: shape for key, shape in stored.items() if key in expected}, expected, f"VAE in {file.name}")
+    return comfy.sd.VAE(sd=file.part(prefix, VAE_PARTS))
+
+
+def _vae_shapes() -> dict[str, tuple[int, ...]]:
+    """Tensors of the VAE of SD 1.x, from the host's own class (no memory)."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    with torch.device("meta"):
+        network = AutoencoderKL(ddconfig=dict(VAE_SIZES), embed_dim=VAE_SIZES["z_channels"])
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def _host_named(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a VAE under the host's names, which the host gives those of a diffusers folder on loading."""
+    from comfy.diffusers_convert import convert_vae_state_dict
+
+    if not any(key.startswith("decoder.up_blocks.") for key in shapes):
+        return shapes
+    empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items() if key.startswith(VAE_PARTS)}
+    return {key: tuple(value.shape) for key, value in convert_vae_state_dict(empty).items()}
 
 
 LOADERS = {"clip": load_clip, "clip_vision": load_clip_vision, "vae": load_vae}

@@ -31,10 +31,11 @@ class VersatileDiffusion(comfy.model_base.BaseModel):
     """Image diffuser of Versatile Diffusion with one or both attention sets; eps prediction and SD 1.x's schedule.
 
     sets: which sets its weights hold. prompt_free: whether they are those of Prompt-Free Diffusion, whose files have the same naming and text
-    attention alone; it reads the tokens of SeeCoder, not contexts.
+    attention alone; it reads the tokens of SeeCoder, not contexts. told_raw: whether the run that is being prepared was warned of raw CLIP states.
     """
 
     prompt_free = False
+    told_raw = False
 
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.EPS, device=None, sets: tuple[str, ...] = SETS):
         super().__init__(model_config, model_type, device=device, unet_model=functools.partial(DualUNet, sets=sets))
@@ -82,8 +83,11 @@ class VersatileDiffusion(comfy.model_base.BaseModel):
                     f"The {prompt or 'connected'} conditioning has {context.shape[-1]} values per token, but this Versatile Diffusion takes {width}: "
                     f"encode it with its own CLIP or {NODES}."
                 )
-        # the negative mostly comes from the same encoder, and one warning is enough
-        if width == WIDTH and not self.prompt_free and prompt != "negative" and looks_raw(main):
+        # the negative, which comes after the positive, is mostly from the same encoder, and one warning is enough
+        if prompt != "negative":
+            self.told_raw = False
+        if width == WIDTH and not self.prompt_free and not self.told_raw and looks_raw(main):
+            self.told_raw = True
             log.warning(
                 "Palimpsest: the tokens of the %s conditioning are far longer than Versatile Diffusion's (their norm is about 1): they seem to be those of an ordinary "
                 "CLIP, so encode the prompt with the CLIP that Versatile Diffusion Loader gives.", prompt or "connected",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..common.shapes import compare_shapes
-from . import optimus_files as files
+from . import optimus_files
+from .files import TensorFile
 from .optimus_keys import MARKERS, Sizes, read_sizes, take
 from .optimus_network import OptimusNetwork, unfilled, write
 from .optimus_words import BertWords, GPT2Words, read_vocabulary, tidy
@@ -42,12 +43,12 @@ class Optimus:
     @functools.cached_property
     def bert_words(self) -> BertWords:
         """BERT's vocabulary. Raises ValueError, one sentence, when it is not on this machine or not the one of this model."""
-        return BertWords(read_vocabulary(files.bert_vocabulary(self.path), self.sizes.encoder.vocabulary))
+        return BertWords(read_vocabulary(optimus_files.bert_vocabulary(self.path), self.sizes.encoder.vocabulary))
 
     @functools.cached_property
     def gpt2_words(self) -> GPT2Words:
         """GPT-2's vocabulary, likewise."""
-        return GPT2Words(read_vocabulary(files.gpt2_vocabulary(self.path), self.sizes.decoder.vocabulary - MARKERS))
+        return GPT2Words(read_vocabulary(optimus_files.gpt2_vocabulary(self.path), self.sizes.decoder.vocabulary - MARKERS))
 
     def _load(self, texts: int, length: int) -> torch.device:
         """Bring the network to its device. texts: how many it will see at once; length: tokens of each."""
@@ -143,6 +144,14 @@ def edited(latents: Tensor, negative: Tensor | None = None, positive: Tensor | N
     return latents if positive is None else latents + positive
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is still in its file. key: its name there."""
+
+    key: str
+    shape: tuple[int, ...]
+
+
 _loaded: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
@@ -152,49 +161,38 @@ def load(path: str, precision: str = "auto") -> Optimus:
     path: a pickled state dict (read with weights only) or .safetensors. precision: auto takes float16 where the host runs
     text encoders so on a graphics card, else float32. Raises ValueError, one sentence, when it cannot be read or is no Optimus.
     """
-    import comfy.utils
-
     info = os.stat(path)
     key = (path, info.st_mtime_ns, info.st_size, precision)
     model = _loaded.get(key)
     if model is None:
-        try:
-            state = comfy.utils.load_torch_file(path, safe_load=True)
-        # whatever the system, safetensors, pickle or zip find wrong
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"The file {os.path.basename(path)} cannot be read ({reason}): its download may be incomplete, so fetch it again.") from error
-        model = _loaded[key] = from_state(state, path, precision)
+        model = _loaded[key] = from_file(TensorFile(path), precision)
     return model
 
 
-def from_state(state: dict[str, Tensor], path: str, precision: str = "auto") -> Optimus:
-    """An Optimus from a state dict, which is emptied on the way so that nothing is held twice; see `load`."""
+def from_file(file: TensorFile, precision: str = "auto") -> Optimus:
+    """An Optimus from a file, of which only its own tensors are read (a four-flow file has 9 GB of others), with progress and cancel; see `load`."""
     import comfy.model_management as mm
     import comfy.model_patcher
     import comfy.utils
 
-    name = os.path.basename(path)
-    if not isinstance(state, dict):
-        raise ValueError(f"The file {name} holds no table of tensors, so it is no Optimus: {files.WHERE}.")
-    tensors = take({key: value for key, value in state.items() if isinstance(value, Tensor)}, name)
-    state.clear()
-    sizes = read_sizes(tensors, name)
+    tensors = take({key: Stored(key, shape) for key, shape in file.shapes.items()}, file.name)
+    sizes = read_sizes(tensors, file.name)
     network = unfilled(sizes)
-    stored, expected = ({key: tuple(value.shape) for key, value in table.items()} for table in (tensors, network.state_dict()))
-    compare_shapes(stored, expected, f"file {name}")
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    compare_shapes({key: value.shape for key, value in tensors.items()}, expected, f"file {file.name}")
     load_device, offload_device = mm.text_encoder_device(), mm.text_encoder_offload_device()
     half = precision == "fp16" or (precision == "auto" and mm.text_encoder_dtype(load_device) == torch.float16 and mm.should_use_fp16(load_device))
     dtype = torch.float16 if half else torch.float32
-    # weights that stay mapped to a file change when the file is replaced; what was read into memory is not copied once more
-    mapped = path.lower().endswith((".safetensors", ".sft")) or getattr(comfy.utils, "MMAP_TORCH_FILES", False)
+    names = {value.key: key for key, value in tensors.items()}
+    bar = comfy.utils.ProgressBar(len(names))
     own = {}
-    while tensors:
-        key, tensor = tensors.popitem()
-        own[key] = tensor.to(offload_device, dtype, copy=mapped)
-        del tensor
-        if half and not bool(torch.isfinite(own[key]).all()):
-            raise ValueError(f"The file {name} holds weights beyond the range of fp16: set precision to fp32.")
+    for name, tensor in file.read(list(names)):
+        mm.throw_exception_if_processing_interrupted()
+        # copied, because what stays mapped to a file changes when the file is replaced
+        value = own[names[name]] = tensor.to(offload_device, dtype, copy=True)
+        if half and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"The file {file.name} holds weights beyond the range of fp16: set precision to fp32.")
+        bar.update(1)
     network.requires_grad_(False).load_state_dict(own, strict=True, assign=True)
     patcher = comfy.model_patcher.ModelPatcher(network, load_device=load_device, offload_device=offload_device)
-    return Optimus(path, network, patcher, sizes, dtype)
+    return Optimus(file.path, network, patcher, sizes, dtype)

@@ -18,8 +18,8 @@ GPT2_NAMES = ("gpt2-vocab.json", "gpt2/vocab.json", "gpt2/tokenizer.json", "voca
 # repositories in Hugging Face's cache on this machine, and the files there
 BERT_CACHED = (("google-bert/bert-base-cased", "bert-base-cased"), ("vocab.txt", "tokenizer.json"))
 GPT2_CACHED = (("openai-community/gpt2", "gpt2"), ("vocab.json", "tokenizer.json"))
-BERT_WHERE = "put vocab.txt of google-bert/bert-base-cased (213 kB, on Hugging Face) into models/optimus/bert-base-cased"
-GPT2_WHERE = "put vocab.json of openai-community/gpt2 (1 MB, on Hugging Face) into models/optimus/gpt2"
+BERT_WHERE = "save vocab.txt of google-bert/bert-base-cased (213 kB, on Hugging Face) as models/optimus/bert-base-cased-vocab.txt"
+GPT2_WHERE = "save vocab.json of openai-community/gpt2 (1 MB, on Hugging Face) as models/optimus/gpt2-vocab.json"
 
 
 def register() -> None:

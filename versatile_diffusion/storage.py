@@ -45,23 +45,28 @@ def save_context(conditioning: list, path: str, extra: dict[str, str] | None = N
 def load_context(path: str, flow: str = AUTO) -> list:
     """CONDITIONING from a file of `save_context`, or from one tensor [tokens, width] or [B, tokens, width] in .safetensors or .npy.
 
-    flow: "text" or "image"; auto takes what the file says. The number of tokens does not tell (154 are two text chunks,
-    514 two pictures). Raises ValueError, one sentence, for an unreadable file, other contents and an unknown flow.
+    flow: "text" or "image", of a dual context that half of it; auto takes what the file says. The number of tokens does not
+    tell (154 are two text chunks, 514 two pictures). Raises ValueError, one sentence, for an unreadable file, other contents and an unknown flow.
     """
     name = os.path.basename(path)
     tensors, metadata = _read(path, name)
     ours = metadata.get("format") == FORMAT
     if flow == AUTO and not ours:
         raise ValueError(f"The file {name} does not say whether its context is a text's or a picture's: set flow to text or image.")
-    tokens = tensors.get("context") if ours else _only(tensors, name)
+    stored = metadata.get("flow", TEXT)
+    found = stored if flow == AUTO else flow
+    # a dual context keeps its picture apart from the text
+    main = "image" if found == IMAGE and stored == DUAL else "context"
+    tokens = tensors.get(main) if ours else _only(tensors, name)
     if tokens is None or tokens.ndim not in (2, 3) or not bool(torch.isfinite(tokens).all()):
         raise ValueError(f"The file {name} holds no context of finite numbers [tokens, width]: save it again.")
     tokens = tokens.reshape(-1, *tokens.shape[-2:]).float()
-    found = metadata.get("flow", TEXT) if flow == AUTO else flow
     options: dict = {FLOW: found}
     try:
         if found == DUAL:
             options |= {IMAGE_CONTEXT: tensors["image"].float(), RATIO: float(metadata["ratio"])}
+            if options[IMAGE_CONTEXT].ndim != 3 or not bool(torch.isfinite(options[IMAGE_CONTEXT]).all()):
+                raise ValueError("its picture is not finite numbers [rows, tokens, width]")
         if found == IMAGE and ours and "pictures" in metadata:
             options[PICTURES] = tuple(int(count) for count in metadata["pictures"].split())
     except (KeyError, ValueError) as error:

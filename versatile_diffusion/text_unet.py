@@ -20,8 +20,8 @@ from torch import nn
 
 from .dual import SETS, DualUNet, PairedTransformer
 from .fc_blocks import SLOTS, FCResBlock, flat_linear
-from .keys import ATTENTION_LEVELS, TEXT
-from .model import DUAL, FLOW, WIDTH, VersatileConfig, VersatileDiffusion
+from .keys import ATTENTION_LEVELS, IMAGE, TEXT
+from .model import WIDTH, VersatileConfig, VersatileDiffusion
 
 TEXT_LATENT = 768  # values of the published latent of a text
 HEADS = 8
@@ -117,16 +117,15 @@ class TextDiffuser(VersatileDiffusion):
         comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=functools.partial(TextUNet, sets=sets))
         self.sets = tuple(sets)
 
-    def extra_conds(self, **kwargs) -> dict:
-        """As `VersatileDiffusion.extra_conds`; a flow whose set is not loaded is refused with this model's loader named."""
-        flow = kwargs.get(FLOW, TEXT)
-        lacking = [name for name in SETS if name not in self.sets and flow in (name, DUAL)]
-        if lacking:
+    def _check(self, ratio: float | None, main: torch.Tensor, image: torch.Tensor | None, prompt: str) -> None:
+        """As `VersatileDiffusion._check`; a set that has a share and is not loaded is refused with this model's loader named."""
+        asked = () if ratio is None else tuple(name for share, name in ((ratio, TEXT), (1 - ratio, IMAGE)) if share > 0)
+        if lacking := [name for name in asked if name not in self.sets]:
             raise ValueError(
-                f"The loaded text diffuser has no attention for {lacking[0]} contexts, but the {kwargs.get('prompt_type') or 'connected'} conditioning is one: "
+                f"The loaded text diffuser has no attention for {lacking[0]} contexts, but the {prompt or 'connected'} conditioning is one: "
                 f'load it again with contexts "both" in {LOADER}.'
             )
-        return super().extra_conds(**kwargs)
+        super()._check(ratio, main, image, prompt)
 
 
 class TextConfig(VersatileConfig):

@@ -14,7 +14,7 @@ from .dual import SETS, find, place
 from .files import WHERE, TensorFile, weights_in
 from .keys import CONTEXT, DIFFUSERS, GLOBAL, IMAGE, OFFICIAL_2022, OFFICIAL_2023, TEXT, Name
 from .loader import PRECISIONS
-from .sources import AUTO, CROSSED, HOST, SWAPPING, Source
+from .sources import AUTO, CROSSED, HOST, STORED, SWAPPING, Source
 from .text_unet import SLOTS, TextConfig, text_config
 
 BOTH = "both"
@@ -22,12 +22,14 @@ CONTEXTS = (BOTH, *SETS)
 STEM, TIME, HEAD = "input_blocks.0.0.weight", "time_embed.0.weight", "out.2.weight"
 READ = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 LEVELS = tuple(f"input_blocks.{number}.0.out_layers.3.bias" for number in (1, 4, 7, 10))
+CLIP = "ctx.text.model."  # before the text encoder's tensors where an official file holds it
 
 
 def recognise(path: str, crossing: str = AUTO) -> Source:
-    """The source at a path, with the text diffuser's tensors and both attention sets in its table.
+    """The source at a path, with the text diffuser's tensors and both attention sets in its table, and the CLIP in its extras.
 
-    crossing: as in `sources.recognise`. Raises ValueError, one sentence, for everything that holds no text diffuser.
+    crossing: as in `sources.recognise`. Raises ValueError, one sentence, for everything that holds no text diffuser, and for a
+    file of which only a person can tell whose attention it holds.
     """
     source = _folder(path) if os.path.isdir(path) else _file(path)
     if crossing == CROSSED or (crossing == AUTO and os.path.isdir(path) and _saved_crossed(path)):
@@ -37,6 +39,12 @@ def recognise(path: str, crossing: str = AUTO) -> Source:
     stem = source.table.get(Name(TEXT, STEM))
     if stem is None or len(stem[0].shapes[stem[1]]) != 2:
         raise ValueError(f"{source.title} holds no text diffuser of Versatile Diffusion: choose a four-flow file or a folder with text_unet, or {WHERE}.")
+    # the host saves a model of one set under the same names, whichever set it is
+    if source.naming == HOST and len(source.sets) == 1 and crossing == AUTO:
+        raise ValueError(
+            f"{source.title}, saved by ComfyUI, holds one attention set and does not tell whether it reads texts or pictures: "
+            f'set attention_sets to "{STORED}" if it reads texts, or to "{CROSSED}" if it reads pictures.'
+        )
     return source
 
 
@@ -57,6 +65,8 @@ def _folder(path: str) -> Source:
             for key in file.shapes:
                 if (name := keys.parse_diffusers(key, part)) is not None:
                     source.table.setdefault(name, (file, key))
+    if weights := weights_in(os.path.join(path, "text_encoder")):
+        source.extras["clip"] = (TensorFile(weights), "")
     return source
 
 
@@ -72,6 +82,8 @@ def _file(path: str) -> Source:
             name = keys.parse_diffusers(key, TEXT) if naming == DIFFUSERS else keys.parse(key, naming)
         if name is not None:
             source.table[name] = (file, key)
+    if f"{CLIP}text_projection.weight" in file.shapes:
+        source.extras["clip"] = (file, CLIP)
     return source
 
 
@@ -166,12 +178,15 @@ def build(config: dict, sets: tuple[str, ...], parameters: int, dtype=None, stor
     return comfy.model_patcher.ModelPatcher(base, load_device=load_device, offload_device=offload_device)
 
 
-def describe(source: Source, model) -> str:
-    """What was loaded, for people."""
+def describe(source: Source, model, clip=None) -> str:
+    """What was loaded, for people. clip: the CLIP that was found or chosen, or None."""
     sets = model.model.sets
     count = sum(parameter.numel() for parameter in model.model.diffusion_model.parameters())
     flows = {TEXT: "text variation", IMAGE: "image-to-text"}
-    return (
-        f"{source.title.removeprefix('The ')}: {source.naming} naming{', attention sets exchanged' if source.crossed else ''}\n"
-        f"text diffuser for {' and '.join(flows[part] for part in sets)}: {count / 1e6:.0f} M parameters, {str(model.model.get_dtype()).removeprefix('torch.')}"
-    )
+    lines = [
+        f"{source.title.removeprefix('The ')}: {source.naming} naming{', attention sets exchanged' if source.crossed else ''}",
+        f"text diffuser for {' and '.join(flows[part] for part in sets)}: {count / 1e6:.0f} M parameters, {str(model.model.get_dtype()).removeprefix('torch.')}",
+    ]
+    if clip is None:
+        lines.append("not in there and not chosen: clip, which text variation needs; choose a file for it here or take that of Versatile Diffusion Loader")
+    return "\n".join(lines)

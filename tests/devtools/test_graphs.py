@@ -67,7 +67,7 @@ def test_one_file_for_two_folders_is_told_for_each_that_lacks_it():
 
 def test_the_published_tasks_of_versatile_diffusion_have_a_graph_each():
     stems = {path.stem for path in api_graphs()}
-    tasks = ("text_to_image", "variation", "dual", "multi", "focus", "image_to_text", "text_variation")
+    tasks = ("text_to_image", "variation", "dual", "multi", "focus", "image_to_text", "text_edit", "text_variation")
     assert {f"versatile_{task}-vd" for task in tasks} <= stems
     nodes = load_graph(next(path for path in api_graphs() if path.stem == "mini-versatile-dual"))
     ratios = [node["inputs"]["ratio"] for node in nodes.values() if node["class_type"] == "PalimpsestVersatileDualContext"]

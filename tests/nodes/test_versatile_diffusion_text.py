@@ -1,13 +1,19 @@
 """The nodes of Versatile Diffusion's text outputs: schema, wiring, and a run from files to texts."""
 
+import os
+
+import folder_paths
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from palimpsest.devtools.graphs import API_FOLDER, load_graph
 from palimpsest.nodes import versatile_diffusion_text as nodes
+from palimpsest.nodes.versatile_diffusion import FROM_MODEL
 from palimpsest.tests.helpers import versatile_text as toy
 from palimpsest.tests.helpers.models import tiny_cond
 from palimpsest.tests.helpers.sampling import ksampler
-from palimpsest.versatile_diffusion import files, optimus_files
+from palimpsest.versatile_diffusion import files, loader, optimus_files
 from palimpsest.versatile_diffusion.keys import IMAGE, OFFICIAL_2023
 from palimpsest.versatile_diffusion.model import FLOW
 
@@ -24,7 +30,7 @@ def installed(tmp_path, monkeypatch):
 
 def test_ids_and_order_of_inputs_are_for_ever():
     assert {node.define_schema().node_id: [item.id for item in node.define_schema().inputs] for node in nodes.NODES} == {
-        "PalimpsestVersatileTextLoader": ["model_name", "contexts", "precision", "attention_sets"],
+        "PalimpsestVersatileTextLoader": ["model_name", "contexts", "precision", "attention_sets", "clip_name"],
         "PalimpsestVersatileEmptyTextLatent": ["batch_size"],
         "PalimpsestVersatileOptimusLoader": ["optimus_name", "precision"],
         "PalimpsestVersatileOptimusEncode": ["optimus", "text", "one_per_line"],
@@ -45,7 +51,7 @@ def shown(output):
 def test_from_files_to_texts_through_the_stock_sampler(installed):
     assert defaults(nodes.VersatileTextLoader)["model_name"] == "vd.pth" and defaults(nodes.VersatileOptimusLoader)["optimus_name"] == "optimus-vae.pth"
     loaded = nodes.VersatileTextLoader.execute(**{**defaults(nodes.VersatileTextLoader), "precision": "fp32"})
-    model, report = loaded.args
+    model, report, _ = loaded.args
     assert "vd.pth: official 2023 naming" in report and report in shown(loaded)[0]
     (latent,) = nodes.VersatileEmptyTextLatent.execute(batch_size=3).args
     assert latent["samples"].shape == (3, 768, 1, 1) and not latent["samples"].any()
@@ -61,6 +67,43 @@ def test_from_files_to_texts_through_the_stock_sampler(installed):
     text, texts = output.args
     assert len(texts) == 3 and text == "\n".join(texts) and shown(output) == (text,) and len(set(texts)) == 3
     assert nodes.VersatileOptimusDecode.define_schema().outputs[1].is_output_list
+
+
+def test_the_text_loader_brings_the_clip(installed, monkeypatch):
+    """Regression: text variation needed Versatile Diffusion Loader, and with it the whole image diffuser, only to get a CLIP."""
+    folder = installed / "text_encoders"
+    folder.mkdir()
+    save_file({"x": torch.zeros(1)}, str(folder / "clip-l.safetensors"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(folder)], {".safetensors"}))
+    # the tower itself is the business of the loader's own tests
+    monkeypatch.setitem(loader.LOADERS, "clip", lambda file, prefix="": (os.path.basename(file.path), prefix))
+    node = nodes.VersatileTextLoader
+    assert node.define_schema().inputs[-1].options == [FROM_MODEL, "clip-l.safetensors"]
+    assert [item.id for item in node.define_schema().outputs] == ["model", "report", "clip"]
+    run = lambda **changed: node.execute(**{**defaults(node), **changed}).args[1:]
+    report, clip = run(model_name="vd.pth")
+    assert clip is None and "not chosen: clip" in report
+    report, clip = run(model_name="vd.pth", clip_name="clip-l.safetensors")
+    assert clip == ("clip-l.safetensors", "") and "not chosen" not in report
+    whole = torch.load(installed / files.FOLDER / "vd.pth", weights_only=True)
+    torch.save({**whole, "ctx.text.model.text_projection.weight": torch.ones(2, 2)}, installed / files.FOLDER / "whole.pth")
+    assert run(model_name="whole.pth")[1] == ("whole.pth", "ctx.text.model.")
+    with pytest.raises(ValueError, match="no file gone.safetensors in models/text_encoders"):
+        run(model_name="vd.pth", clip_name="gone.safetensors")
+    before = node.fingerprint_inputs("vd.pth", "clip-l.safetensors")
+    assert before != node.fingerprint_inputs("vd.pth", FROM_MODEL) != ""
+    os.utime(folder / "clip-l.safetensors", ns=(1, 1))
+    assert node.fingerprint_inputs("vd.pth", "clip-l.safetensors") != before
+
+
+def test_the_words_of_the_sample_graph_need_no_image_diffuser():
+    """Regression: the graph of text variation took its CLIP from Versatile Diffusion Loader, which now serves the drawn pictures alone."""
+    graph = load_graph(API_FOLDER / "versatile_text_variation-vd.json")
+    needed = [node_id for node_id, node in graph.items() if node["class_type"] in ("PreviewAny", "PalimpsestVersatileOptimusDecode")]
+    for node_id in needed:
+        needed.extend({value[0] for value in graph[node_id]["inputs"].values() if isinstance(value, list)} - set(needed))
+    kinds = {graph[node_id]["class_type"] for node_id in needed}
+    assert "PalimpsestVersatileTextLoader" in kinds and not {"PalimpsestVersatileLoader", "VAEDecode"} & kinds
 
 
 @torch.inference_mode()
@@ -90,8 +133,6 @@ def test_missing_files_are_explained(tmp_path, monkeypatch):
 
 
 def test_a_replaced_file_is_loaded_anew(installed):
-    import os
-
     path = installed / "optimus" / "optimus-vae.pth"
     before = nodes.VersatileOptimusLoader.fingerprint_inputs("optimus-vae.pth")
     assert before and nodes.VersatileOptimusLoader.fingerprint_inputs("optimus-vae.pth") == before

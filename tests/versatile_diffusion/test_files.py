@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from palimpsest.versatile_diffusion import files
+from palimpsest.versatile_diffusion import files, sources
 
 
 @pytest.fixture
@@ -52,6 +52,16 @@ def test_files_and_folders(models):
         weights = path if os.path.isfile(path) else files.weights_in(os.path.join(path, "image_unet"))
         os.utime(weights, ns=(1, 1))
         assert files.stamp(path) != stamp
+
+
+def test_a_folder_with_the_text_diffuser_alone_is_listed(models):
+    """Regression: the tooltip of the text loader promised folders with text_unet, but only those with image_unet were listed."""
+    put(models / "versatile_diffusion" / "words" / "text_unet" / "diffusion_pytorch_model.safetensors")
+    put(models / "diffusers" / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert files.choices() == ["words/"]
+    with pytest.raises(ValueError, match="The folder words holds no image diffuser: choose a file that does") as error:
+        sources.recognise(files.find("words/"))
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
 def test_a_name_does_not_leave_the_folders(models):

@@ -4,13 +4,15 @@ import gc
 import json
 
 import comfy.model_management as mm
+import comfy.utils
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from palimpsest.tests.helpers import versatile_text as toy
 from palimpsest.tests.helpers.versatile import relative
-from palimpsest.versatile_diffusion import optimus, optimus_files
+from palimpsest.versatile_diffusion import files, optimus, optimus_files
+from palimpsest.versatile_diffusion.files import TensorFile
 
 
 @pytest.fixture
@@ -23,16 +25,21 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(folder):
-    return optimus.from_state(toy.optimus_state(), str(folder / "optimus-vae.pth"))
+    return built(folder / "optimus-vae.pth")
+
+
+def built(path, state=None, precision="auto"):
+    """The Optimus of a file with this state dict, the toy's without one."""
+    return optimus.from_file(TensorFile(save(path, toy.optimus_state() if state is None else state)), precision)
 
 
 def latents(count=2, seed=0):
     return torch.randn(count, toy.TEXT_LATENT, 1, 1, generator=torch.Generator().manual_seed(seed))
 
 
-def refusal(message, state, precision="auto"):
+def refusal(path, message, state, precision="auto"):
     with pytest.raises(ValueError, match=message) as error:
-        optimus.from_state(state, "x.pth", precision)
+        built(path, state, precision)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
@@ -56,7 +63,7 @@ def weights(model):
     ("f.pth", lambda state: {**state, "encoder.embeddings.position_ids": torch.arange(toy.BERT_POSITIONS)[None]}),
 ])
 def test_every_form_of_the_file_gives_the_same_network(folder, name, change):
-    expected = optimus.from_state(toy.optimus_state(), "x.pth")
+    expected = built(folder / "x.pth")
     loaded = optimus.load(save(folder / name, change(toy.optimus_state())))
     ours, theirs = weights(loaded), weights(expected)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -64,11 +71,9 @@ def test_every_form_of_the_file_gives_the_same_network(folder, name, change):
 
 
 def test_no_tensor_is_held_twice(folder):
-    """What the file had is taken out of its table, and neither the mask buffers nor the second token embedding stay."""
-    state = toy.optimus_state()
-    held = sum(value.numel() for key, value in state.items() if not key.endswith((".attn.bias", "lm_head.weight")))
-    model = optimus.from_state(state, "x.pth")
-    assert state == {}
+    """Neither the mask buffers nor the second token embedding stay."""
+    held = sum(value.numel() for key, value in toy.optimus_state().items() if not key.endswith((".attn.bias", "lm_head.weight")))
+    model = built(folder / "x.pth")
     assert sum(parameter.numel() for parameter in weights(model).values()) == held
     assert model.patcher.model_size() == sum(value.numel() * value.element_size() for value in model.network.state_dict().values())
 
@@ -88,31 +93,67 @@ def test_a_file_is_loaded_once_and_let_go(folder):
     assert key not in optimus._loaded
 
 
+def whole_file(path):
+    """A four-flow file in small, with Optimus in it."""
+    optimus_part = {f"vae.text.{key}": value for key, value in toy.optimus_state().items()}
+    return save(path, {"diffuser.image.data_blocks.0.0.weight": torch.ones(2, 2), **optimus_part, "vae.image.decoder.conv_in.weight": torch.ones(2)})
+
+
+@pytest.mark.parametrize("name", ["vd.pth", "vd.safetensors"])
+def test_a_whole_file_is_read_for_optimus_alone_with_progress(folder, monkeypatch, name):
+    """Regression: a four-flow file of 5 or 10 GB was read into memory as a whole, without progress."""
+    path = whole_file(folder / name)
+    read, steps, plain = [], [], TensorFile.read
+    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *args, **kwargs: pytest.fail("read as a whole"))
+    monkeypatch.setattr(TensorFile, "read", lambda self, wanted: (read.extend(wanted), plain(self, wanted))[1])
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update", lambda self, value: steps.append(value))
+    model = optimus.load(path)
+    assert len(read) == len(set(read)) == len(steps) == len(model.network.state_dict())
+    assert all(key.startswith("vae.text.") and not key.endswith((".attn.bias", "lm_head.weight")) for key in read)
+
+
+def test_cancel_while_loading_and_the_next_run(folder, monkeypatch):
+    """Regression: loading Optimus did not look whether it was cancelled."""
+    path, calls = whole_file(folder / "vd.pth"), []
+
+    def interrupt():
+        calls.append(1)
+        if len(calls) == 3:
+            raise mm.InterruptProcessingException()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mm, "throw_exception_if_processing_interrupted", interrupt)
+        with pytest.raises(mm.InterruptProcessingException):
+            optimus.load(path)
+    assert len(calls) == 3 and len(optimus.load(path).decode(latents())) == 2
+
+
 @torch.inference_mode()
 def test_number_formats(folder):
-    path = str(folder / "optimus-vae.pth")
-    exact = optimus.from_state(toy.optimus_state(), path)
+    exact = built(folder / "a.pth")
     expected = exact.encode(["the man walks"])
-    stored = optimus.from_state(toy.optimus_state(dtype=torch.float16), path)
+    stored = built(folder / "b.pth", toy.optimus_state(dtype=torch.float16))
     assert stored.compute == torch.float32 and 0 < relative(stored.encode(["the man walks"]), expected) < 1e-2
-    half = optimus.from_state(toy.optimus_state(), path, "fp16")
+    half = built(folder / "c.pth", precision="fp16")
     out = half.encode(["the man walks"])
     assert half.compute == torch.float16 and out.dtype == torch.float32 and 0 < relative(out, expected) < 2e-2
     assert "fp16" in half.describe() and all(value.dtype == torch.float16 for value in weights(half).values())
     assert len(half.decode(latents())) == 2
 
 
-def test_other_files_are_named():
-    refusal("holds no Optimus .an image VAE.", {"decoder.conv_in.weight": torch.ones(2), "encoder.conv_in.weight": torch.ones(2)})
-    refusal("holds no Optimus .its first tensor is called something.", {"something": torch.ones(2)})
-    refusal("holds no Optimus .no tensor.", {})
-    refusal("no table of tensors", [1, 2])
+def test_other_files_are_named(tmp_path):
+    path = tmp_path / "x.pth"
+    refusal(path, "holds no Optimus .an image VAE.", {"decoder.conv_in.weight": torch.ones(2), "encoder.conv_in.weight": torch.ones(2)})
+    refusal(path, "holds no Optimus .its first tensor is called something.", {"something": torch.ones(2)})
+    refusal(path, "holds no Optimus .no tensor.", {})
+    refusal(path, "holds no Optimus .no tensor.", [1, 2])
     state = toy.optimus_state()
-    refusal("lacks 1 tensor, decoder.transformer.h.1.attn.c_attn.bias first", {key: value for key, value in state.items() if key != "decoder.transformer.h.1.attn.c_attn.bias"})
-    refusal("has besides what belongs to it 1 tensor, decoder.transformer.extra.weight", {**state, "decoder.transformer.extra.weight": torch.ones(1)})
-    refusal("another shape .* 1 tensor, decoder.linear.weight", {**state, "decoder.transformer.linear.weight": torch.ones(5, toy.TEXT_LATENT)})
-    refusal("lacks tensors of Optimus .decoder.linear_emb.weight first", {key: value for key, value in state.items() if "linear_emb" not in key})
-    refusal("beyond the range of fp16: set precision to fp32", {**state, "decoder.transformer.ln_f.bias": torch.full((toy.TOKEN_WIDTH,), 1e6)}, "fp16")
+    lost = "decoder.transformer.h.1.attn.c_attn.bias"
+    refusal(path, f"lacks 1 tensor, {lost} first", {key: value for key, value in state.items() if key != lost})
+    refusal(path, "has besides what belongs to it 1 tensor, decoder.transformer.extra.weight", {**state, "decoder.transformer.extra.weight": torch.ones(1)})
+    refusal(path, "another shape .* 1 tensor, decoder.linear.weight", {**state, "decoder.transformer.linear.weight": torch.ones(5, toy.TEXT_LATENT)})
+    refusal(path, "lacks tensors of Optimus .decoder.linear_emb.weight first", {key: value for key, value in state.items() if "linear_emb" not in key})
+    refusal(path, "beyond the range of fp16: set precision to fp32", {**state, "decoder.transformer.ln_f.bias": torch.full((toy.TOKEN_WIDTH,), 1e6)}, "fp16")
 
 
 def test_damaged_files_are_refused_in_one_sentence(folder):
@@ -188,7 +229,7 @@ def test_latents_that_are_not_finite_are_refused(model):
 
 
 def test_a_decoder_alone_writes_and_says_what_it_cannot(folder):
-    alone = optimus.from_state({key: value for key, value in toy.optimus_state().items() if key.startswith("decoder.")}, str(folder / "decoder.pth"))
+    alone = built(folder / "decoder.pth", {key: value for key, value in toy.optimus_state().items() if key.startswith("decoder.")})
     assert "decoder only" in alone.describe() and len(alone.decode(latents())) == 2
     with pytest.raises(ValueError, match="holds Optimus' decoder only"):
         alone.encode(["a"])
@@ -239,11 +280,11 @@ def test_vocabularies_are_found_and_missing_ones_are_asked_for(folder, tmp_path,
     assert optimus_files.gpt2_vocabulary(path).endswith("gpt2-vocab.json")
     (folder / "gpt2-vocab.json").rename(folder / "x.json")
     (folder / "bert-base-cased-vocab.txt").unlink()
-    model = optimus.from_state(toy.optimus_state(), path)
+    model = built(folder / "optimus-vae.pth")
     with pytest.raises(ValueError, match="Writing text needs GPT-2's vocabulary") as error:
         model.decode(latents())
-    assert "models/optimus/gpt2" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="Encoding text needs BERT's vocabulary"):
+    assert "as models/optimus/gpt2-vocab.json" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="Encoding text needs BERT's vocabulary.* as models/optimus/bert-base-cased-vocab.txt"):
         model.encode(["a"])
     (folder / "gpt2").mkdir()
     (folder / "x.json").rename(folder / "gpt2" / "vocab.json")
@@ -260,6 +301,24 @@ def test_vocabularies_are_found_and_missing_ones_are_asked_for(folder, tmp_path,
 
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
     assert optimus_files.gpt2_vocabulary(path) == str(tmp_path / "cached.json") and asked[0] == ("openai-community/gpt2", "vocab.json")
+
+
+def test_sentences_page_and_graphs_name_the_same_place_first(root):
+    """Regression: errors and the help page named folders with vocab.json and vocab.txt first, README and graphs gpt2-vocab.json and bert-base-cased-vocab.txt."""
+    page = (root / "web" / "docs" / "PalimpsestVersatileOptimusLoader.md").read_text(encoding="utf-8")
+    note = (root / "workflows" / "api" / "versatile_image_to_text-vd.md").read_text(encoding="utf-8")
+    for sentence, (first, second, *_) in ((optimus_files.GPT2_WHERE, optimus_files.GPT2_NAMES), (optimus_files.BERT_WHERE, optimus_files.BERT_NAMES)):
+        assert f"models/optimus/{first}" in sentence and second not in sentence
+        assert 0 < page.index(f"`models/optimus/{first}`") < page.index(f"`models/optimus/{second}`") and f"`{first}`" in note
+
+
+def test_the_list_is_that_of_models_optimus_and_vae(folder, tmp_path, root):
+    """Regression: the help page promised whole four-flow files without saying that they have to lie in models/optimus."""
+    whole_file(folder / "here.pth")
+    whole_file(tmp_path / files.FOLDER / "there-optimus.pth")
+    assert optimus_files.choices() == ["here.pth"]
+    page = (root / "web" / "docs" / "PalimpsestVersatileOptimusLoader.md").read_text(encoding="utf-8")
+    assert "`models/versatile_diffusion` is not searched" in page
 
 
 def test_a_vocabulary_of_another_model_is_refused(model, folder):

@@ -14,8 +14,10 @@ from palimpsest.versatile_diffusion.optimus_network import choose, kept, unfille
 
 
 @pytest.fixture(scope="module")
-def model():
-    return optimus.from_state(toy.optimus_state(), "toy.pth")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("optimus") / "toy.pth"
+    torch.save(toy.optimus_state(), path)
+    return optimus.load(str(path))
 
 
 def seeded(*shape, seed=0):

@@ -132,6 +132,24 @@ def test_one_set_alone(model, sets):
     assert "Versatile Text Model Loader" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part, ratio", [(TEXT, 1.0), (IMAGE, 0.0)])
+def test_an_end_of_a_blend_needs_one_set(part, ratio):
+    """Regression: a dual context at ratio 0 or 1 was refused on a text diffuser of the one set that it needs."""
+    alone, latent = tiny_text(sets=(part,)), torch.zeros(1, LATENT, 1, 1)
+    text, image = context(TEXT, 77), context(IMAGE, 257, seed=2)
+
+    def dual(share):
+        both = [[text[0][0], {FLOW: DUAL, IMAGE_CONTEXT: image[0][0], RATIO: share}]]
+        return ksampler(alone, latent, both, both, cfg=1.0)
+
+    single = text if part == TEXT else image
+    assert torch.equal(dual(ratio), ksampler(alone, latent, single, single, cfg=1.0))
+    (other,) = set(SETS) - {part}
+    for share in (0.5, 1 - ratio):
+        with pytest.raises(ValueError, match=f'no attention for {other} contexts.*contexts "both" in Versatile Text Model Loader'):
+            dual(share)
+
+
 def _twin(key):
     parts = key.split(".")
     modules = 2 if parts[0] == "middle_block" else 3

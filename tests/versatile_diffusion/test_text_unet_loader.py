@@ -85,6 +85,31 @@ def test_what_the_host_saves(tmp_path, model):
     assert same(load(write(tmp_path / "saved.safetensors", state)), model)
 
 
+@pytest.mark.parametrize("part, choice", [(TEXT, "as stored"), (IMAGE, "crossed")])
+def test_a_saved_model_of_one_set_asks_which_it_is(tmp_path, part, choice):
+    """Regression: a set for pictures alone that the host had saved was loaded as the set for texts."""
+    alone = tiny_text(sets=(part,))
+    path = write(tmp_path / "saved.safetensors", alone.model.state_dict_for_saving())
+    refused(path, 'one attention set and does not tell .* "as stored" if it reads texts, or to "crossed" if it reads pictures')
+    loaded = load(path, crossing=choice)
+    assert loaded.model.sets == (part,) and same(loaded, alone)
+
+
+def test_the_clip_of_a_source_is_found(tmp_path, model):
+    """Regression: text variation needed the loader of the image diffuser, only to get a CLIP."""
+    folder = folder_of(tmp_path / "a", model)
+    assert text_unet_loader.recognise(folder).extras == {}
+    write(tmp_path / "a" / "text_encoder" / "model.safetensors", {"text_projection.weight": torch.ones(2, 2)})
+    file, prefix = text_unet_loader.recognise(folder).extras["clip"]
+    assert (file.name, prefix) == ("model.safetensors", "")
+    state = published(model, OFFICIAL_2023)
+    assert text_unet_loader.recognise(write(tmp_path / "bare.pth", state)).extras == {}
+    source = text_unet_loader.recognise(write(tmp_path / "vd.pth", {**state, "ctx.text.model.text_projection.weight": torch.ones(2, 2)}))
+    file, prefix = source.extras["clip"]
+    assert (file.name, prefix) == ("vd.pth", "ctx.text.model.")
+    assert "not chosen: clip" in text_unet_loader.describe(source, model) and "clip" not in text_unet_loader.describe(source, model, object())
+
+
 @pytest.mark.parametrize("contexts", SETS)
 def test_one_set_alone(tmp_path, model, contexts):
     loaded = load(write(tmp_path / "vd.pth", published(model, OFFICIAL_2023)), contexts)
