@@ -184,8 +184,8 @@ class VersatileLoadContext(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "flow", options=list(storage.FLOWS), default=storage.AUTO,
-                    tooltip="Whether the tokens are a text's or a picture's; of a saved dual context, which of the two to take. auto: as the file says; arrays of your own "
-                    "do not say it.",
+                    tooltip="Whether the tokens are a text's or a picture's; of a saved dual context, which of the two to take. auto: as the file says; "
+                    "arrays of your own do not say it.",
                 ),
             ],
             outputs=[

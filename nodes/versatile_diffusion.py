@@ -149,7 +149,7 @@ class VersatileDualContext(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative_image",
                     optional=True,
-                    tooltip="From Versatile Empty Image Context; what hangs on it is dropped likewise. Without it: zero tokens of the picture's shape, as published.",
+                    tooltip="From Versatile Empty Image Context; what hangs on it is dropped too. Without it: zeros of the picture's shape, as published.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="Connect the model to have it checked here that it is a Versatile Diffusion. It is not changed."),
             ],

@@ -10,8 +10,9 @@ from palimpsest.nodes.versatile_diffusion import FROM_MODEL, ColorMatch, Versati
 from palimpsest.tests.helpers.models import tiny_sd15
 from palimpsest.tests.helpers.sampling import ksampler
 from palimpsest.tests.helpers.versatile import clip_vision, common_names, context, picture, relative, text_clip, tiny, write_files
-from palimpsest.versatile_diffusion import files
+from palimpsest.versatile_diffusion import files, loader
 from palimpsest.versatile_diffusion.contexts import encode_pictures, image_conditioning
+from palimpsest.versatile_diffusion.dual import BRANCH
 from palimpsest.versatile_diffusion.focus import focus
 from palimpsest.versatile_diffusion.keys import OFFICIAL_2023
 
@@ -96,9 +97,53 @@ def test_negatives_of_a_dual_context():
     assert torch.equal(negative[0][1]["versatile_image"], other[0][0])
 
 
-def test_an_ordinary_model_is_refused(clip):
-    with pytest.raises(ValueError, match="SD15, which cannot read"):
-        run(VersatileDualContext, text=[[context(77), {}]], image=image_conditioning([context(257)]), model=tiny_sd15(channel_mult=(1, 1, 1, 1)))
+def test_an_ordinary_model_is_refused_where_it_is_connected_and_warns_of_nothing_elsewhere(root, caplog):
+    """Regression: no page said that such a model takes the tokens for a prompt, and draws."""
+    ordinary, text, image = tiny_sd15(context_dim=64, channel_mult=(1, 1, 1, 1)), [[context(77), {}]], image_conditioning([context(257)])
+    with pytest.raises(ValueError, match="SD15, which cannot read") as error:
+        run(VersatileDualContext, text=text, image=image, model=ordinary)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    positive, negative, _ = run(VersatileDualContext, text=text, image=image)
+    plain = ksampler(ordinary, EMPTY, text, [[torch.zeros(1, 77, 64), {}]], steps=1)
+    assert torch.equal(ksampler(ordinary, EMPTY, positive, negative, steps=1), plain) and not [line for line in caplog.records if line.name == "palimpsest"]
+    assert "An ordinary Stable Diffusion model" in (root / "web" / "docs" / "PalimpsestVersatileImageContext.md").read_text()
+
+
+def test_replaced_cross_attention_runs_in_both_branches_and_can_tell_them_apart(model):
+    """Regression: the mechanism of IP-Adapter was not tried on the dual model."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    blocks = [*(("input", number) for number in (1, 2, 4, 5, 7, 8)), ("middle", 0), *(("output", number) for number in range(3, 12))]
+
+    def replaced(scales):
+        seen, patched = set(), model.clone()
+
+        def attention(q, k, v, extra_options):
+            which = extra_options[BRANCH]
+            seen.add((*extra_options["block"], which, k.shape[1]))
+            return scales[which] * optimized_attention(q, k, v, extra_options["n_heads"], attn_precision=extra_options["attn_precision"])
+
+        for block in blocks:
+            patched.set_model_attn2_replace(attention, *block)
+        return patched, seen
+
+    def sampled(one, ratio):
+        text, image = [[context(77), {}]], image_conditioning([context(257, 1)])
+        positive, negative, _ = run(VersatileDualContext, text=text, image=image, ratio=ratio, negative_text=[[context(77, 5), {}]])
+        return ksampler(one, EMPTY, positive, negative, steps=2)
+
+    neutral, seen = replaced({"text": 1, "image": 1})
+    assert torch.equal(sampled(neutral, 0.5), sampled(model, 0.5))
+    assert seen == {(*block, which, tokens) for block in blocks for which, tokens in (("text", 77), ("image", 257))}
+    louder, _ = replaced({"text": 1, "image": 2})
+    assert relative(sampled(louder, 0.5), sampled(model, 0.5)) > 1e-4
+    assert torch.equal(sampled(louder, 1.0), sampled(model, 1.0)), "the text's branch is left alone"
+
+
+def test_tooltips_tell_that_what_hangs_on_the_picture_is_dropped():
+    """Regression: only the words' areas, ranges and ControlNets were mentioned."""
+    tooltips = {item.id: item.tooltip for item in VersatileDualContext.define_schema().inputs}
+    assert "ControlNets on it are dropped" in tooltips["image"] and "dropped" in tooltips["negative_image"]
 
 
 def test_weight_focus_mask_and_batches_of_an_image_context(vision):
@@ -191,6 +236,16 @@ def test_the_loader(models, model):
     before = VersatileLoader.fingerprint_inputs(name, FROM_MODEL, FROM_MODEL, FROM_MODEL)
     (models / "versatile_diffusion" / name).touch()
     assert VersatileLoader.fingerprint_inputs(name, FROM_MODEL, FROM_MODEL, FROM_MODEL) != before
+
+
+def test_a_set_that_is_not_there_is_refused_before_the_encoders_are_read(models, model, monkeypatch):
+    """Regression: gigabytes of CLIP were loaded first."""
+    write_files(models / "versatile_diffusion", OFFICIAL_2023, {name: value for name, value in common_names(model).items() if name.part == "image"})
+    loaded = []
+    monkeypatch.setattr(loader, "load_extra", lambda *args: loaded.append(args))
+    with pytest.raises(ValueError, match="no attention for text contexts"):
+        run(VersatileLoader, model_name="vd-four-flow-v1-0.safetensors", flows="text")
+    assert not loaded
 
 
 def test_the_loader_says_where_files_belong(models):

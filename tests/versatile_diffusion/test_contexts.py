@@ -209,3 +209,13 @@ def test_a_dual_context_keeps_what_hangs_on_the_text():
     out = dual_conditioning(words, image_conditioning([context(257)]), 0.3)
     assert len(out) == 2 and all(options["area"] == (8, 8, 0, 0) and options["versatile_ratio"] == 0.3 for _, options in out)
     assert "versatile_flow" not in words[0][1], "the given conditioning is not written to"
+
+
+def test_what_hangs_on_the_picture_is_dropped_and_the_page_says_so(root):
+    """Regression: areas, masks, ranges, hooks and ControlNets of the image input went without a word."""
+    (tokens, options), = image_conditioning([context(257)])
+    out = dual_conditioning([[context(77), {}]], [[tokens, {**options, "area": (8, 8, 0, 0), "control": object()}]], 0.3)
+    assert set(out[0][1]) == {"versatile_flow", "versatile_image", "versatile_ratio"}
+    page = (root / "web" / "docs" / "PalimpsestVersatileDualContext.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    assert "areas, masks, ranges, hooks and ControlNets on it are dropped" in rows["image"] and "dropped" in rows["negative_image"]

@@ -73,6 +73,26 @@ def test_the_hosts_own_layout_as_model_save_writes_it(tmp_path, model):
     assert source.naming == HOST and same(state_of(loader.load_model(source, precision="fp32")), state_of(model))
 
 
+@pytest.mark.parametrize("flows", ["text", "image"])
+def test_what_model_save_writes_of_one_flow_is_an_ordinary_checkpoint(tmp_path, flows):
+    """Regression: the help page promised that such a file can be loaded."""
+    path = tmp_path / "saved.safetensors"
+    saved = tiny(sets=(flows,)).model.state_dict_for_saving()
+    save_file({key: value.contiguous() for key, value in saved.items()}, str(path))
+    refusal("is no Versatile Diffusion but an ordinary Stable Diffusion checkpoint", lambda: recognise(str(path)))
+
+
+def test_a_part_of_a_file_is_what_was_asked_for(tmp_path, monkeypatch):
+    """Regression: for one tower the tensors of the other were read and copied too."""
+    path = str(tmp_path / "x.safetensors")
+    save_file({f"{prefix}{key}": torch.ones(1) for prefix in ("", "a.") for key in ("text_model.x", "text_projection.weight", "vision_model.x")}, path)
+    read, plain = [], TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda self, wanted: (read.extend(wanted), plain(self, wanted))[1])
+    assert sorted(TensorFile(path).part("a.", ("text_model.", "text_projection."))) == ["text_model.x", "text_projection.weight"]
+    assert sorted(read) == ["a.text_model.x", "a.text_projection.weight"]
+    assert len(TensorFile(path).part("a.")) == 3 and len(TensorFile(path).part("")) == 6
+
+
 def test_a_set_that_is_not_there(tmp_path, names):
     only = {name: value for name, value in names.items() if name.part == "image"}
     source = recognise(str(write_files(tmp_path, OFFICIAL_2023, only)))

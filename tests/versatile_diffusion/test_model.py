@@ -278,6 +278,16 @@ def test_raw_states_of_a_clip_are_told_once(caplog):
     assert not [line for line in caplog.messages if "ordinary CLIP" in line], "Prompt-Free Diffusion reads such tokens"
 
 
+def test_raw_states_in_the_negative_alone_are_told_once_in_each_run(caplog):
+    """Regression: they gave no warning."""
+    wide, raw = tiny(context=768), [[28 * context(77, width=768), {}]]
+    with caplog.at_level("WARNING", logger="palimpsest"):
+        for _ in range(2):
+            ksampler(wide, EMPTY, dual(0.5, width=768), raw + raw, steps=1)
+    told = [line for line in caplog.messages if "ordinary CLIP" in line]
+    assert len(told) == 2 and all("tokens of the negative conditioning" in line for line in told)
+
+
 def test_an_ordinary_model_is_refused_where_it_is_checked(model):
     check_model(model)
     assert isinstance(model.model, VersatileDiffusion)

@@ -77,15 +77,16 @@ def test_a_missing_and_a_misshapen_tensor_are_named_before_anything_is_read(tmp_
 
 
 class Listed:
-    """A file that knows names and shapes, and whose tensors are zeros."""
+    """A file that knows names and shapes, and whose tensors are zeros. read: keys of those that were asked for."""
 
     name = "x.safetensors"
 
     def __init__(self, shapes):
-        self.shapes = shapes
+        self.shapes, self.read = shapes, []
 
-    def part(self, prefix):
-        return {key.removeprefix(prefix): torch.zeros(shape, dtype=torch.float16) for key, shape in self.shapes.items() if key.startswith(prefix)}
+    def part(self, prefix, starts=("",)):
+        self.read = [key for key in self.shapes if key.startswith(tuple(prefix + start for start in starts))]
+        return {key.removeprefix(prefix): torch.zeros(self.shapes[key], dtype=torch.float16) for key in self.read}
 
 
 def clip_shapes():
@@ -130,6 +131,69 @@ def test_other_vision_towers_are_refused():
     refusal("holds no CLIP vision model", lambda: loader.load_clip_vision(Listed({"x": (1,)})))
 
 
+@torch.inference_mode()
+def test_only_the_tower_that_is_asked_for_is_read(monkeypatch):
+    """Regression: of a file with both towers, 1.7 GB, all of it was read and copied for each."""
+    text, vision = clip_shapes(), vision_shapes()
+    both = Listed(text | vision | {"logit_scale": ()})
+    loader.load_clip(both)
+    assert set(both.read) == set(text) - {"logit_scale"}
+    monkeypatch.setattr("comfy.clip_vision.load_clipvision_from_sd", lambda state: None)
+    refusal("lacks layers", lambda: loader.load_clip_vision(both))
+    assert set(both.read) == set(vision)
+
+
+def vae_shapes(channels=4):
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in AutoencoderKL(ddconfig={**SD_VAE, "z_channels": channels}, embed_dim=channels).state_dict().items()}
+
+
+def diffusers_vae_shapes():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        network = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """State dicts that reached the host's VAE, which does nothing."""
+    out = []
+    monkeypatch.setattr("comfy.sd.VAE", lambda sd: out.append(sd))
+    return out
+
+
+@pytest.mark.parametrize("part", ["decoder.mid", "quant_conv.bias", "encoder.conv_out"])
+@pytest.mark.parametrize("shapes_of", [vae_shapes, diffusers_vae_shapes])
+def test_a_vae_that_lacks_tensors_is_refused(taken, shapes_of, part):
+    """Regression: the host only logs what is missing, and such a VAE ran on uninitialised memory."""
+    shapes = shapes_of()
+    assert len(shapes) == 248
+    file = Listed({f"vae.image.{key}": shape for key, shape in shapes.items() if not key.startswith(part)})
+    refusal(f"The VAE in x.safetensors lacks {len(shapes) - len(file.shapes)} tensors?, {part}", lambda: loader.load_vae(file, "vae.image."))
+    assert not file.read and not taken
+
+
+@pytest.mark.parametrize("shapes_of", [vae_shapes, diffusers_vae_shapes])
+def test_the_vae_of_sd_1_is_taken_and_no_other_shapes(taken, shapes_of):
+    shapes = shapes_of()
+    refusal("in another shape.*decoder.conv_out.weight", lambda: loader.load_vae(Listed({**shapes, "decoder.conv_out.weight": (6, 128, 3, 3)})))
+    assert not taken
+    loader.load_vae(Listed({**shapes, "loss.logvar": (), "model_ema.decay": ()}))
+    assert set(taken[0]) == set(shapes), "what else is in the file is not read"
+
+
+def test_a_vae_of_another_number_of_channels_is_refused(taken):
+    """Regression: that of Flux or SD 3, which has 16, failed only when a picture was decoded."""
+    shapes = {key: shape for key, shape in vae_shapes(16).items() if "quant_conv" not in key}
+    refusal("has 16 latent channels, but Versatile Diffusion's has 4", lambda: loader.load_vae(Listed(shapes)))
+    assert not taken
+
+
 def test_a_file_without_vae_is_refused(tmp_path):
     refusal("holds no VAE", lambda: loader.load_vae(TensorFile(write(tmp_path / "x.safetensors", "x"))))
 
@@ -138,16 +202,13 @@ def test_a_file_without_vae_is_refused(tmp_path):
 @torch.inference_mode()
 def test_towers_and_vae_of_the_right_size_are_taken():
     """600 MB and 330 MB of zeros."""
-    from comfy.ldm.models.autoencoder import AutoencoderKL
-
     from palimpsest.versatile_diffusion.contexts import check_tower
 
     tower = loader.load_clip_vision(Listed({f"ctx.image.model.{key}": shape for key, shape in vision_shapes().items()}), "ctx.image.model.")
     check_tower(tower)
     del tower
     refusal("lacks 16 tensors of its CLIP", lambda: loader.load_clip_vision(Listed({key: shape for key, shape in vision_shapes().items() if ".layers.7." not in key})))
-    with torch.device("meta"):
-        shapes = {key: tuple(value.shape) for key, value in AutoencoderKL(ddconfig=dict(SD_VAE), embed_dim=4).state_dict().items()}
+    shapes = vae_shapes()
     assert len(shapes) == 248 and sum(math.prod(shape) for shape in shapes.values()) == 83_653_863
     vae = loader.load_vae(Listed({f"vae.image.{key}": shape for key, shape in shapes.items()}), "vae.image.")
     assert vae.latent_channels == 4

@@ -55,6 +55,26 @@ def test_the_flow_can_be_overruled(tmp_path):
     assert load_context(path, "text")[0][1]["versatile_flow"] == "text"
 
 
+def test_a_dual_file_gives_the_half_that_is_asked_for(tmp_path):
+    """Regression: flow "image" gave the text's tokens as a picture."""
+    path, (words, options) = str(tmp_path / "x.safetensors"), dual(0.3)[0]
+    save_context(dual(0.3), path)
+    (tokens, own), = load_context(path, "image")
+    assert torch.equal(tokens, options["versatile_image"]) and own == {"versatile_flow": "image", "versatile_pictures": (257,)}
+    (tokens, own), = load_context(path, "text")
+    assert torch.equal(tokens, words) and own == {"versatile_flow": "text"}
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(257, 64), torch.full((1, 257, 64), float("inf"))], ids=["one dimension less", "not finite"])
+def test_the_picture_of_a_dual_file_is_checked(tmp_path, wrong):
+    """Regression: only the text's tokens were, and a broken picture failed in the sampler."""
+    path = tmp_path / "x.safetensors"
+    metadata = {"format": "palimpsest_versatile_context", "flow": "dual", "ratio": "0.3"}
+    save_file({"context": context(77), "image": wrong}, str(path), metadata=metadata)
+    refusal("is damaged.*its picture is not finite numbers", path)
+    assert load_context(str(path), "text")[0][0].shape == (1, 77, 64)
+
+
 def test_what_is_no_context(tmp_path):
     many = tmp_path / "many.safetensors"
     save_file({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, str(many))
