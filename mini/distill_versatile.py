@@ -93,16 +93,19 @@ def draw_rows(g: torch.Generator, size: int, pool: int) -> tuple[Tensor, Tensor,
 
 
 def distill(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Module, text: torch.nn.Module, clip_vision, autoencoder: Autoencoder, seed: int = 0,
-            resume: bool = True) -> tuple[dict, dict]:
+            start: dict[str, Tensor] | None = None, resume: bool = True) -> tuple[dict, dict]:
     """Teach the set for pictures for `minutes`; returns (its weights, named as in the member's file, metadata).
 
-    unet, text: the text-to-image model, which stays as it is. clip_vision: the image tower. Raises KeyboardInterrupt, with the state saved.
+    unet, text: the text-to-image model, which stays as it is. clip_vision: the image tower. start: the set to begin with, as in the file. Raises KeyboardInterrupt, with the state saved.
     """
     torch.manual_seed(seed)
     tokens, text = GrammarTokens(), text.requires_grad_(False).to(device)
     latents, contexts = base.precompute(folder, autoencoder, POOL), precompute(folder, clip_vision, POOL)
     factor = measure(text, tokens, contexts)
-    net, abar = new_unet(start_from(unet.state_dict()), is_taught).to(device), base.schedule().to(device)
+    state = start_from(unet.state_dict())
+    if start:
+        state |= scaled({key[len(UNET_PREFIX):]: value for key, value in start.items()}, 1 / factor)
+    net, abar = new_unet(state, is_taught).to(device), base.schedule().to(device)
     learn = {name: p for name, p in net.named_parameters() if p.requires_grad}
     lesson = Lesson(net)
     print(f"{len(lesson.pairs)} blocks, {sum(p.numel() for p in learn.values())} parameters learn; a picture's tokens are made {factor:.2f} times as long", flush=True)
@@ -136,4 +139,7 @@ def distill(folder: Path, minutes: float, device: torch.device, unet: torch.nn.M
     trainer.report()
     averaged = trainer.averaged()
     image_set = scaled({name: value for name, value in averaged.items() if TWIN in name.split(".")}, factor)
-    return {UNET_PREFIX + name: value for name, value in image_set.items()}, {"recipe": "versatile_distilled", **trainer.record(BATCH), "scenes": len(latents), "token_factor": round(factor, 4)}
+    return {UNET_PREFIX + name: value for name, value in image_set.items()}, {
+        "recipe": "versatile_distilled", **trainer.record(BATCH), "data_seed": base.TRAIN_SEED, "scenes": len(latents), "dropout": DROPOUT, "apart": APART,
+        "token_factor": round(factor, 4),
+    }

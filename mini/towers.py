@@ -38,8 +38,8 @@ class Towers(torch.nn.Module):
         # of CLIP's contrastive loss: starts at 1 / 0.07
         self.logit_scale = torch.nn.Parameter(torch.tensor(2.6593))
 
-    def image_features(self, pictures: Tensor) -> Tensor:
-        """[B, P] of pictures [B, 3, 128, 128] in 0..1, equal to the vision model's own forward.
+    def image_tokens(self, pictures: Tensor) -> Tensor:
+        """Projected tokens [B, 1 + 64, P] of pictures [B, 3, 128, 128] in 0..1, the whole picture's first: what Versatile Diffusion reads, before its scaling.
 
         Written out because the host adds to `x` in place, which autograd refuses while a LayerNorm before it still needs `x`.
         """
@@ -52,7 +52,11 @@ class Towers(torch.nn.Module):
         for layer in vision.encoder.layers:
             x = x + layer.self_attn(layer.layer_norm1(x), None, attention)
             x = x + layer.mlp(layer.layer_norm2(x))
-        return self.vision.visual_projection(vision.post_layernorm(x[:, 0]))
+        return self.vision.visual_projection(vision.post_layernorm(x))
+
+    def image_features(self, pictures: Tensor) -> Tensor:
+        """[B, P] of pictures [B, 3, 128, 128] in 0..1, equal to the vision model's own forward."""
+        return self.image_tokens(pictures)[:, 0]
 
     def text_features(self, states: Tensor) -> Tensor:
         """[B, P] of a text encoder's last states [B, 77, CONTEXT]: the mean of all positions, projected, as instructions are held against pictures."""
@@ -61,7 +65,12 @@ class Towers(torch.nn.Module):
 
 def file_state(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of `Towers` under the names of a full CLIP of transformers."""
-    return {name.removeprefix("vision."): value for name, value in weights.items()}
+    return {name.removeprefix("vision."): value for name, value in weights.items() if not name.startswith("answers.")}
+
+
+def from_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `file_state`: names of `Towers`."""
+    return {name if name in (TEXT_PROJECTION, "logit_scale") else f"vision.{name}": value for name, value in state.items()}
 
 
 def load_clip_vision(weights_folder: Path):

@@ -121,7 +121,8 @@ def train_towers(folder: Path, args, device) -> None:
         raise ValueError("The mini edit model was trained with other words than the grammar has now: run `python dev.py train instruct_pix2pix` first.")
     text = new_text_encoder(tokens.unknown + 1)
     text.load_state_dict({key[len(TEXT_PREFIX):]: value for key, value in weights.items() if key.startswith(TEXT_PREFIX)}, strict=False)
-    state, metadata = recipe.train(folder, args.minutes, device, text, tokens, args.seed)
+    start = read_weights(WEIGHTS / FILE)[0] if args.from_shipped else None
+    state, metadata = recipe.train(folder, args.minutes, device, text, tokens, args.seed, start, resume=not args.from_shipped)
     write_weights(args.output or WEIGHTS / FILE, state, metadata)
 
 
@@ -130,8 +131,9 @@ def train_versatile_distilled(folder: Path, args, device) -> None:
     from . import distill_versatile as recipe
     from .towers import load_clip_vision
 
+    start = read_weights(WEIGHTS / "versatile.safetensors")[0] if args.from_shipped else None
     state, metadata = recipe.distill(
-        folder, args.minutes, device, *shipped_text_to_image(), load_clip_vision(WEIGHTS), shipped_autoencoder(), args.seed)
+        folder, args.minutes, device, *shipped_text_to_image(), load_clip_vision(WEIGHTS), shipped_autoencoder(), args.seed, start, resume=not args.from_shipped)
     write_weights(args.output or folder / "distilled.safetensors", state, metadata)
 
 

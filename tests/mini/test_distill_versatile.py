@@ -82,7 +82,7 @@ def test_the_second_part_goes_on_from_the_first(tmp_path, monkeypatch, capsys):
         for name, value in (("POOL", 6), ("BATCH", 4), ("WARMUP", 1)):
             monkeypatch.setattr(module, name, value)
     began = {}
-    monkeypatch.setattr(optim.Trainer, "progress", property(lambda trainer: (trainer.step - began.setdefault(id(trainer), trainer.step)) / 6))
+    monkeypatch.setattr(optim.Trainer, "progress", property(lambda trainer: (trainer.step - began.setdefault(id(trainer), trainer.step)) / 2))
     assert train.main(["versatile_distilled", "--minutes", "1", "--device", "cpu"]) == 0
     state, metadata = storage.read_weights(tmp_path / ".train" / "versatile_distilled" / "distilled.safetensors")
     assert metadata["recipe"] == "versatile_distilled" and all(is_image_set(k) for k in state)

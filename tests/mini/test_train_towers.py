@@ -1,5 +1,7 @@
 """The recipe of the mini towers: what it writes loads through the usual paths, and its losses ask for what they should."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -34,6 +36,52 @@ def test_texts_are_captions_of_the_shown_side_and_instructions(tokens):
         text = train_towers.caption((found.before, found.after)[sides[row]], seeds[row], 1.0)[0]
         assert torch.equal(ids[row], tokens.encode(text)) and torch.equal(ids[6 + row], tokens.encode(found.instruction))
     assert tokens.unknown not in ids, "every word has an embedding"
+
+
+def test_each_local_token_is_asked_for_the_object_on_it():
+    from palimpsest.mini.scenes import masks, sample_scene
+
+    scene = sample_scene(5, 2)
+    there, silhouettes = train_towers.stands_at(scene).unflatten(1, (8, 8)), masks(scene)
+    assert there.shape == (4, 8, 8) and there.dtype == torch.int8
+    for row in range(8):
+        for column in range(8):
+            cover = [float(one[16 * row:16 * row + 16, 16 * column:16 * column + 16].mean()) for one in silhouettes]
+            found = there[:, row, column].tolist()
+            if max(cover) < train_towers.COVERED:
+                assert found == [train_towers.NOTHING] * 4
+            else:
+                obj = scene.objects[cover.index(max(cover))]
+                assert [names[number] for number, names in zip(found, train_towers.ASKED.values())] == [obj.shape, obj.color, obj.pattern, obj.size]
+    assert 4 <= int((there[0] != train_towers.NOTHING).sum()) <= 40
+    assert (train_towers.stands_at(dataclasses.replace(scene, objects=())) == train_towers.NOTHING).all()
+
+
+def test_answers_are_judged_where_something_stands():
+    answers = train_towers.Answers(3)
+    there = torch.full((1, 4, 64), train_towers.NOTHING, dtype=torch.int8)
+    there[0, :, 7] = torch.tensor([3, 6, 1, 0])
+    torch.nn.init.zeros_(answers.read.weight)
+    torch.nn.init.zeros_(answers.read.bias)
+    tokens = torch.zeros(1, 64, 3)
+    tokens[0, 7, 0] = 1.0
+    unsure = float(answers.loss(tokens, there).detach())
+    assert unsure == pytest.approx(sum(torch.tensor(float(n)).log().item() for n in answers.sizes) / 5)
+    with torch.no_grad():
+        answers.read.bias[0] = 20.0
+        for place in (1, 2 + 3, 6 + 6, 14 + 1, 18 + 0):
+            answers.read.weight[place, 0] = 60.0
+    assert float(answers.loss(tokens, there).detach()) < 1e-3
+
+
+def test_a_training_goes_on_from_the_file(tokens):
+    torch.manual_seed(0)
+    net = towers.Towers()
+    net.answers = train_towers.Answers(128)
+    again = towers.Towers()
+    missing, unexpected = again.load_state_dict(towers.from_file(towers.file_state(net.state_dict())), strict=False)
+    assert not unexpected and all("position_ids" in name for name in missing)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_no_seed_of_a_score_or_another_training():
