@@ -96,7 +96,8 @@ def distill(folder: Path, minutes: float, device: torch.device, unet: torch.nn.M
             start: dict[str, Tensor] | None = None, resume: bool = True) -> tuple[dict, dict]:
     """Teach the set for pictures for `minutes`; returns (its weights, named as in the member's file, metadata).
 
-    unet, text: the text-to-image model, which stays as it is. clip_vision: the image tower. start: the set to begin with, as in the file. Raises KeyboardInterrupt, with the state saved.
+    unet, text: the text-to-image model, which stays as it is. clip_vision: the image tower. start: the set to begin with, as in the file.
+    Raises KeyboardInterrupt, with the state saved.
     """
     torch.manual_seed(seed)
     tokens, text = GrammarTokens(), text.requires_grad_(False).to(device)

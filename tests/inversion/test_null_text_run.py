@@ -159,7 +159,10 @@ def test_pictures_of_a_batch_each_get_their_own(model):
             assert float(together.loss[row]) == pytest.approx(float(single.loss), rel=0.3 if number else 1e-3)
     first, second = both.steps[0].loss
     assert abs(float(first) - float(second)) > 0.2 * float(first), "the two pictures tell apart"
-    assert relative(sampled(model, path, both.conditioning), sampler_to_latent(model, both.steps[-1].latent)) < 1e-4
+    end = sampler_to_latent(model, both.steps[-1].latent)
+    swapped = [[tokens.flip(0), options] for tokens, options in both.conditioning]
+    # the sampler's four rows round otherwise than two and two: 5e-4 on a processor with AVX2 alone, below 1e-4 with AVX-512
+    assert relative(sampled(model, path, both.conditioning), end) < 2e-3 < 0.02 < relative(sampled(model, path, swapped), end)
 
 
 def test_negative_prompt_inversion_is_a_matter_of_wiring(model, path):
