@@ -50,23 +50,19 @@ def chosen_sets(source: Source, flows: str) -> tuple[str, ...]:
     return (flows,)
 
 
-def load_model(source: Source, flows: str = ALL, precision: str = "auto"):
-    """The image diffuser as a ModelPatcher, with progress and cancel.
+def fill(model, plan: dict[str, tuple[TensorFile, str]], title: str) -> None:
+    """Read a diffuser's tensors into the ModelPatcher that was built for them, file by file, with progress and cancel; freezes them.
 
-    flows: "all" sets that the source holds, or "text" or "image" alone (0.5 GB less at fp16). precision: of the weights;
-    auto is the host's choice. Raises ValueError, one sentence, for sets or tensors that are missing or misshapen.
+    plan: tensor of the network -> (file, name there). title: of the source, for errors. Raises ValueError, one sentence, for tensors
+    that are missing or misshapen, before any is read.
     """
     import comfy.model_management as mm
     import comfy.utils
 
-    sets = chosen_sets(source, flows)
-    plan = source.plan(sets)
+    network = model.model.diffusion_model
+    targets = dict(network.named_parameters())
     shapes = {key: file.shapes[name] for key, (file, name) in plan.items()}
-    config = sizes(shapes, source.title)
-    file, name = plan[STEM]
-    model = build(config, sets, sum(math.prod(shape) for shape in shapes.values()), PRECISIONS[precision], file.dtype(name))
-    targets = dict(model.model.diffusion_model.named_parameters())
-    compare_shapes(shapes, {key: tuple(value.shape) for key, value in targets.items()}, source.title.removeprefix("The "))
+    compare_shapes(shapes, {key: tuple(value.shape) for key, value in targets.items()}, title.removeprefix("The "))
     bar = comfy.utils.ProgressBar(len(plan))
     by_file: dict[int, tuple[TensorFile, dict[str, str]]] = {}
     for key, (file, name) in plan.items():
@@ -77,7 +73,22 @@ def load_model(source: Source, flows: str = ALL, precision: str = "auto"):
                 mm.throw_exception_if_processing_interrupted()
                 targets[names[name]].copy_(tensor)
                 bar.update(1)
-    model.model.diffusion_model.requires_grad_(False)
+    network.requires_grad_(False)
+
+
+def load_model(source: Source, flows: str = ALL, precision: str = "auto"):
+    """The image diffuser as a ModelPatcher, with progress and cancel.
+
+    flows: "all" sets that the source holds, or "text" or "image" alone (0.5 GB less at fp16). precision: of the weights;
+    auto is the host's choice. Raises ValueError, one sentence, for sets or tensors that are missing or misshapen.
+    """
+    sets = chosen_sets(source, flows)
+    plan = source.plan(sets)
+    shapes = {key: file.shapes[name] for key, (file, name) in plan.items()}
+    config = sizes(shapes, source.title)
+    file, name = plan[STEM]
+    model = build(config, sets, sum(math.prod(shape) for shape in shapes.values()), PRECISIONS[precision], file.dtype(name))
+    fill(model, plan, source.title)
     model.model.prompt_free = source.naming == OFFICIAL_2023 and source.sets == (TEXT,)
     return model
 

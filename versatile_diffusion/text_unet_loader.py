@@ -6,14 +6,12 @@ import json
 import math
 import os
 
-import torch
 
-from ..common.shapes import compare_shapes
 from . import keys
 from .dual import SETS, find, place
 from .files import WHERE, TensorFile, weights_in
 from .keys import CONTEXT, DIFFUSERS, GLOBAL, IMAGE, OFFICIAL_2022, OFFICIAL_2023, TEXT, Name
-from .loader import PRECISIONS
+from .loader import PRECISIONS, fill
 from .sources import AUTO, CROSSED, HOST, STORED, SWAPPING, Source
 from .text_unet import SLOTS, TextConfig, text_config
 
@@ -138,28 +136,13 @@ def load_model(source: Source, contexts: str = BOTH, precision: str = "auto"):
     contexts: "both" sets that the source holds, or "text" (text variation) or "image" (image-to-text) alone. precision: of the
     weights; auto is the host's choice. Raises ValueError, one sentence, for sets or tensors that are missing or misshapen.
     """
-    import comfy.model_management as mm
-    import comfy.utils
-
     sets = chosen_sets(source, contexts)
     planned = plan(source, sets)
     shapes = {key: file.shapes[name] for key, (file, name) in planned.items()}
     config = sizes(shapes, source.title)
     file, name = planned[STEM]
     model = build(config, sets, sum(math.prod(shape) for shape in shapes.values()), PRECISIONS[precision], file.dtype(name))
-    targets = dict(model.model.diffusion_model.named_parameters())
-    compare_shapes(shapes, {key: tuple(value.shape) for key, value in targets.items()}, source.title.removeprefix("The "))
-    bar = comfy.utils.ProgressBar(len(planned))
-    by_file: dict[int, tuple[TensorFile, dict[str, str]]] = {}
-    for key, (file, name) in planned.items():
-        by_file.setdefault(id(file), (file, {}))[1][name] = key
-    with torch.no_grad():
-        for file, names in by_file.values():
-            for name, tensor in file.read(list(names)):
-                mm.throw_exception_if_processing_interrupted()
-                targets[names[name]].copy_(tensor)
-                bar.update(1)
-    model.model.diffusion_model.requires_grad_(False)
+    fill(model, planned, source.title)
     return model
 
 
