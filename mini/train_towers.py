@@ -25,7 +25,7 @@ from .scenes import COLORS, PATTERNS, SHAPES, SIZES, Scene, masks, render
 from .tokens import GrammarTokens
 from .towers import Towers, file_state, from_file
 
-BATCH, POOL, RATE, TRAIN_SEED = 64, 8_000, 1e-3, 11_000_000
+BATCH, POOL, RATE, TRAIN_SEED = 64, 24_000, 4e-3, 11_000_000
 HELD_OUT, TESTED = 53_000_000, 64
 SHARPEST = math.log(100.0)  # of the logit scale, as in the paper
 GRID, COVERED = 8, 0.15  # tokens to a side; the part of a token's patch from which an object stands there
@@ -52,13 +52,13 @@ class Answers(torch.nn.Module):
         self.read = torch.nn.Linear(width, sum(self.sizes))
 
     def loss(self, tokens: Tensor, there: Tensor) -> Tensor:
-        """Mean cross-entropy over the questions. tokens: [B, 64, P]; there: of `stands_at` [B, 4, 64]."""
+        """Cross-entropy, the questions' added up. tokens: [B, 64, P]; there: of `stands_at` [B, 4, 64]."""
         something, *answers = self.read(tokens).split(self.sizes, -1)
         there = there.long()
         seen = there[:, 0] != NOTHING
         losses = [cross_entropy(something.flatten(0, 1), seen.flatten().long())]
         losses += [cross_entropy(answer[seen], wanted[seen]) for answer, wanted in zip(answers, there.unbind(1), strict=True)]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum()
 
 
 def draw(first_seed: int, count: int) -> tuple[Tensor, list]:

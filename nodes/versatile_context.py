@@ -10,6 +10,7 @@ from ..inversion.display import show
 from ..versatile_diffusion import contexts, storage
 from ..versatile_diffusion import focus as focusing
 from ..versatile_diffusion.focus import DROP, KEEP, MIDDLE, RANK
+from ..versatile_diffusion.model import check_model
 
 CATEGORY = "Palimpsest/versatile diffusion"
 FILES = Kind("context", "contexts", storage.SUFFIX, storage.EXTENSIONS, "Save Versatile Context")
@@ -18,6 +19,11 @@ SLOTS = 4
 FOCUS_TOOLTIP = (
     "0: what the picture shows, 1: how it looks, 0.5: both, untouched (published default). The side of style starts with a jump, as published."
 )
+
+
+def model_to_check():
+    """The optional input `model` of nodes that make contexts: a conditioning alone meets the model only while sampling, where an ordinary one takes it for a prompt."""
+    return io.Model.Input("model", optional=True, tooltip="Connect the model to have it checked here that it is a Versatile Diffusion. It is not changed.")
 
 
 class VersatileImageContext(io.ComfyNode):
@@ -50,6 +56,7 @@ class VersatileImageContext(io.ComfyNode):
                     tooltip="Several pictures. one each: latent i is drawn after picture i. together: the model reads all of them at once.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="White regions of the picture are read, black ones are not. One mask for all, or one per picture."),
+                model_to_check(),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -62,7 +69,9 @@ class VersatileImageContext(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip_vision, image, crop, weight, focus, batch, mask=None, **kwargs) -> io.NodeOutput:
+    def execute(cls, clip_vision, image, crop, weight, focus, batch, mask=None, model=None, **kwargs) -> io.NodeOutput:
+        if model is not None:
+            check_model(model)
         tokens = focusing.focus(contexts.encode_pictures(clip_vision, image, mask, crop), focus) * weight
         conditioning = contexts.image_conditioning(list(tokens.split(1)) if batch == TOGETHER else [tokens])
         report = f"{storage.describe(conditioning)}\n{crop}{', masked' if mask is not None else ''}, weight {weight:g}, focus {focus:g}"
@@ -187,6 +196,7 @@ class VersatileLoadContext(io.ComfyNode):
                     tooltip="Whether the tokens are a text's or a picture's; of a saved dual context, which of the two to take. auto: as the file says; "
                     "arrays of your own do not say it.",
                 ),
+                model_to_check(),
             ],
             outputs=[
                 io.Conditioning.Output("context", display_name="context", tooltip="For a sampler or Versatile Dual Context."),
@@ -196,7 +206,9 @@ class VersatileLoadContext(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, file, flow, **kwargs) -> io.NodeOutput:
+    def execute(cls, file, flow, model=None, **kwargs) -> io.NodeOutput:
+        if model is not None:
+            check_model(model)
         conditioning = storage.load_context(FILES.resolve(file), flow)
         report = storage.describe(conditioning)
         return io.NodeOutput(conditioning, report, ui=show(cls, report))

@@ -11,9 +11,9 @@ from ..versatile_diffusion import contexts, files, loader, sources
 from ..versatile_diffusion.color_match import match_colors
 from ..versatile_diffusion.model import IMAGE_CONTEXT, WIDTH, check_model
 from ..versatile_diffusion.storage import describe
+from .versatile_context import CATEGORY, model_to_check
 
 FROM_MODEL = "from the model file"
-CATEGORY = "Palimpsest/versatile diffusion"
 PICKERS = {"clip": "text_encoders", "clip_vision": "clip_vision", "vae": "vae"}
 
 
@@ -151,7 +151,7 @@ class VersatileDualContext(io.ComfyNode):
                     optional=True,
                     tooltip="From Versatile Empty Image Context; what hangs on it is dropped too. Without it: zeros of the picture's shape, as published.",
                 ),
-                io.Model.Input("model", optional=True, tooltip="Connect the model to have it checked here that it is a Versatile Diffusion. It is not changed."),
+                model_to_check(),
             ],
             outputs=[
                 io.Conditioning.Output("positive", display_name="positive", tooltip="For the positive of any sampler."),

@@ -14,9 +14,9 @@ from ..versatile_diffusion import files, loader, optimus, optimus_files, sources
 from ..versatile_diffusion.optimus_sockets import OptimusType
 from ..versatile_diffusion.optimus_words import REPEATS
 from ..versatile_diffusion.text_unet import TEXT_LATENT
+from .versatile_context import CATEGORY
 from .versatile_diffusion import FROM_MODEL, PICKERS, picked
 
-CATEGORY = "Palimpsest/versatile diffusion"
 
 
 def listed(find, name: str | None) -> bool | str:

@@ -58,7 +58,7 @@ def test_ids_and_order_of_inputs_are_for_ever():
         "PalimpsestVersatileFocus", "PalimpsestVersatileCombineImages", "PalimpsestVersatileSaveContext", "PalimpsestVersatileLoadContext",
     ]
     assert [item.id for item in VersatileLoader.define_schema().inputs] == ["model_name", "flows", "precision", "attention_sets", "clip_name", "clip_vision_name", "vae_name"]
-    assert [item.id for item in VersatileImageContext.define_schema().inputs] == ["clip_vision", "image", "crop", "weight", "focus", "batch", "mask"]
+    assert [item.id for item in VersatileImageContext.define_schema().inputs] == ["clip_vision", "image", "crop", "weight", "focus", "batch", "mask", "model"]
     assert [item.id for item in VersatileDualContext.define_schema().inputs] == ["text", "image", "ratio", "negative_text", "negative_image", "model"]
     assert [item.id for item in VersatileFocus.define_schema().inputs] == ["context", "level", "rank", "semantic_drop", "style_keep"]
 
@@ -97,12 +97,14 @@ def test_negatives_of_a_dual_context():
     assert torch.equal(negative[0][1]["versatile_image"], other[0][0])
 
 
-def test_an_ordinary_model_is_refused_where_it_is_connected_and_warns_of_nothing_elsewhere(root, caplog):
-    """Regression: no page said that such a model takes the tokens for a prompt, and draws."""
+def test_an_ordinary_model_is_refused_where_it_is_connected_and_warns_of_nothing_elsewhere(root, caplog, vision):
+    """Regression: no page said that such a model takes the tokens for a prompt, and draws; contexts of a picture alone could not be checked."""
     ordinary, text, image = tiny_sd15(context_dim=64, channel_mult=(1, 1, 1, 1)), [[context(77), {}]], image_conditioning([context(257)])
-    with pytest.raises(ValueError, match="SD15, which cannot read") as error:
-        run(VersatileDualContext, text=text, image=image, model=ordinary)
-    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    for node, inputs in ((VersatileDualContext, {"text": text, "image": image}), (VersatileImageContext, {"clip_vision": vision, "image": picture(32, 32)}),
+                         (VersatileLoadContext, {"file": "none"})):
+        with pytest.raises(ValueError, match="SD15, which cannot read") as error:
+            run(node, **inputs, model=ordinary)
+        assert "\n" not in str(error.value) and str(error.value).endswith(".")
     positive, negative, _ = run(VersatileDualContext, text=text, image=image)
     plain = ksampler(ordinary, EMPTY, text, [[torch.zeros(1, 77, 64), {}]], steps=1)
     assert torch.equal(ksampler(ordinary, EMPTY, positive, negative, steps=1), plain) and not [line for line in caplog.records if line.name == "palimpsest"]
