@@ -126,36 +126,20 @@ def train_towers(folder: Path, args, device) -> None:
     write_weights(args.output or WEIGHTS / FILE, state, metadata)
 
 
-def train_versatile_distilled(folder: Path, args, device) -> None:
-    """Part 1 of the mini Versatile Diffusion; its result stays in .train, where part 2 takes it from."""
-    from . import distill_versatile as recipe
-    from .towers import load_clip_vision
-
-    start = read_weights(WEIGHTS / "versatile.safetensors")[0] if args.from_shipped else None
-    state, metadata = recipe.distill(
-        folder, args.minutes, device, *shipped_text_to_image(), load_clip_vision(WEIGHTS), shipped_autoencoder(), args.seed, start, resume=not args.from_shipped)
-    write_weights(args.output or folder / "distilled.safetensors", state, metadata)
-
-
 def train_versatile(folder: Path, args, device) -> None:
-    """Part 2: the attention set for pictures, from part 1 where that was run, else from a copy of the one for texts; --from-shipped goes on from its own weights."""
+    """The attention set for pictures of the mini Versatile Diffusion, on the shipped text-to-image model and image tower."""
     from . import train_versatile as recipe
     from .towers import load_clip_vision
 
-    start = WEIGHTS / "versatile.safetensors" if args.from_shipped else folder.with_name("versatile_distilled") / "distilled.safetensors"
-    begun = args.from_shipped or start.exists()
-    print(f"starts from {start.relative_to(ROOT) if start.is_relative_to(ROOT) else start.name}" if begun else
-          "starts from a copy of the set for texts (`train versatile_distilled` gives a better start)", flush=True)
+    start = read_weights(WEIGHTS / "versatile.safetensors")[0] if args.from_shipped else None
     state, metadata = recipe.train(
-        folder, args.minutes, device, *shipped_text_to_image(), load_clip_vision(WEIGHTS), shipped_autoencoder(), args.seed,
-        read_weights(start)[0] if begun else None, resume=not args.from_shipped)
+        folder, args.minutes, device, *shipped_text_to_image(), load_clip_vision(WEIGHTS), shipped_autoencoder(), args.seed, start, resume=not args.from_shipped)
     write_weights(args.output or WEIGHTS / "versatile.safetensors", state, metadata)
 
 
 MEMBERS = {"autoencoder": train_autoencoder, "text_to_image": train_text_to_image, "seecoder_backbone": train_seecoder_backbone,
            "seecoder": train_seecoder, "controlnet": train_controlnet,
-           "strips": train_strips, "instruct_pix2pix": train_instruct_pix2pix, "towers": train_towers, "versatile_distilled": train_versatile_distilled,
-           "versatile": train_versatile}
+           "strips": train_strips, "instruct_pix2pix": train_instruct_pix2pix, "towers": train_towers, "versatile": train_versatile}
 
 
 def main(argv: list[str]) -> int:
