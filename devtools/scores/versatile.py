@@ -33,7 +33,7 @@ from .. import tradeoff
 from ..scoring import HELD_OUT, VALIDATION, Mini, batches, mean, pictures, rate, span
 from .seecoder import judged, right
 
-# of four pairs; a blend by chance goes from one side to the other without a step back in few of 100 cases
+# of ten scenes and four pairs; a blend by chance goes from one side to the other without a step back in few of 100 cases
 QUICK_LIMITS = {"versatile.variation_kept": 0.6, "versatile.blend_monotonic": 0.5}
 COUNT, PATTERNED, PAIRS, FOCUSED = 100, 50, 100, 50
 OFFSET, PAIR_OFFSET, APART, FOCUS_OFFSET = 800_000, 10_000, 1_000, 100_000  # seeds of two parts, and of this and other scores, never meet
