@@ -153,7 +153,8 @@ def test_a_negative_without_a_picture_takes_the_positives(model, positive, negat
     expected = ksampler(guided, start, positive, negative)
     with caplog.at_level(logging.INFO, "palimpsest"):
         assert torch.equal(ksampler(guided, start, positive, bare), expected)
-    assert [record.message for record in caplog.records] == ["Palimpsest: the negative carries no picture and gets the positive's."]
+    # the host may warn of the models of earlier tests meanwhile, when its count of them comes by
+    assert [record.message for record in caplog.records if record.name == "palimpsest"] == ["Palimpsest: the negative carries no picture and gets the positive's."]
     assert torch.equal(ksampler(guided, start, [[positive[0][0], {}]], negative), expected)
 
 
