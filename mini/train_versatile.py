@@ -4,7 +4,7 @@ The lineage of the original: the set starts as a copy of the one for texts, all 
 the family's image tower. Another loss than the original's: the copy learns from the set for texts, block by block. In every attention block both are
 given the same hidden states; the teacher reads the full caption of a scene, the pupil the picture of that scene, and the pupil's output is to be
 the teacher's. The UNet itself runs forward only, so a step costs a third of one that learns to remove noise, and its loss has no noise of its own.
-(Ten minutes of the original's loss after it changed no figure.) Zeros and the empty text take the contexts' places now and then, for guidance.
+(Ten minutes of the original's loss after it moved no figure beyond chance.) Zeros and the empty text take the contexts' places now and then, for guidance.
 
 The hidden states come from the text flow on noisy latents. It reads another scene's caption half of the time: the set must say what its picture
 shows also where that is not what is being drawn, or a blend with a text would be the text's alone.
@@ -168,15 +168,16 @@ def draw_rows(g: torch.Generator, size: int, pool: int) -> tuple[Tensor, Tensor,
 
 
 def train(folder: Path, minutes: float, device: torch.device, unet: torch.nn.Module, text: torch.nn.Module, clip_vision, autoencoder: Autoencoder, seed: int = 0,
-            start: dict[str, Tensor] | None = None, resume: bool = True) -> tuple[dict, dict]:
+          start: dict[str, Tensor] | None = None, resume: bool = True) -> tuple[dict, dict]:
     """Teach the set for pictures for `minutes`; returns (its weights, named as in the member's file, metadata).
 
-    unet, text: the text-to-image model, which stays as it is. clip_vision: the image tower. start: the set to begin with, as in the file.
+    unet, text: the text-to-image model, which stays as it is. clip_vision: the image tower. start: the set to begin with, as in the file; None for a copy of the one for texts.
     Raises KeyboardInterrupt, with the state saved.
     """
     torch.manual_seed(seed)
     tokens, text = GrammarTokens(), text.requires_grad_(False).to(device)
     latents, contexts = base.precompute(folder, autoencoder, POOL), precompute(folder, clip_vision, POOL)
+    # The set learns to read contexts of the length of texts; what the factor does is put into its weights in the end.
     factor = measure(text, tokens, contexts)
     state = start_from(unet.state_dict())
     if start:
